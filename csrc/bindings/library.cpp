@@ -1,0 +1,19 @@
+// Every operator of the library, its schema and nothing else. Sizes and meaning: the docstrings in
+// python/statescan/ops/. Kernels are registered beside their bindings, gradients and fakes in Python.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(statescan, m) {
+  // -> y, last_state, states, chunk_states; what was not asked for is empty
+  m.def(
+      "selective_scan_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? z, Tensor? delta_bias, Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, "
+      "bool delta_softplus, bool reverse, ScalarType? out_dtype, int chunk, bool return_states, "
+      "bool save_chunk_states) -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state
+  m.def(
+      "selective_scan_bwd(Tensor? dy, Tensor? dlast_state, Tensor? dstates, Tensor u, Tensor delta, "
+      "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+      "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, Tensor chunk_states, "
+      "bool delta_softplus, bool reverse, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,297 @@
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "bindings/device.h"
+#include "bindings/segments.h"
+#include "bindings/tensor.h"
+#include "selective_scan/kernels.h"
+
+namespace statescan::bindings {
+namespace {
+
+using namespace selective_scan;  // FwdParams, BwdParams, ...
+
+// The operands that forward and backward share.
+struct Operands {
+  const Tensor &u, &delta, &A, &B, &C;
+  const OptionalTensor &D, &z, &delta_bias, &initial_state, &seq_idx, &cu_seqlens;
+};
+
+// fail unless B (or C) is (batch, group, state, seqlen), (batch, state, seqlen) or (dim, state).
+void check_projection(const char* name, const Tensor& x, const Problem& p) {
+  if (x.dim() == 4) {
+    check_shape(name, x, "(batch, group, state, seqlen)", {p.batch, p.groups, p.state, p.seqlen});
+  } else if (x.dim() == 3) {
+    check_shape(name, x, "(batch, state, seqlen)", {p.batch, p.state, p.seqlen});
+  } else if (x.dim() == 2) {
+    check_shape(name, x, "(dim, state)", {p.dim, p.state});
+  } else {
+    fail(std::string(name) + " must have shape (batch, group, state, seqlen), " +
+         "(batch, state, seqlen) or (dim, state), got " + to_string(sizes_of(x)));
+  }
+}
+
+View<4> projection_view(const char* name, const Tensor& x) {
+  const auto s = x.strides();
+  View<4> v;
+  v.data = x.data_ptr();
+  v.dtype = float_dtype(name, x);
+  const int64_t strides[3][4] = {{0, s[0], s[1], 0},
+                                 {s[0], 0, x.dim() > 2 ? s[1] : 0, x.dim() > 2 ? s[2] : 0},
+                                 {s[0], s[1], x.dim() > 3 ? s[2] : 0, x.dim() > 3 ? s[3] : 0}};
+  for (int i = 0; i < 4; ++i) v.stride[i] = strides[x.dim() - 2][i];
+  return v;
+}
+
+int64_t groups_of(const Operands& x) {
+  for (const Tensor* t : {&x.B, &x.C}) {
+    if (t->dim() == 4) return t->size(1);
+  }
+  return 1;
+}
+
+// Sizes and flags from the operands, all of them checked.
+Problem check(const Operands& x, bool delta_softplus, bool reverse, int64_t chunk) {
+  check_dim("u", x.u, "(batch, dim, seqlen)", 3);
+  check_dim("A", x.A, "(dim, state)", 2);
+  Problem p{};
+  p.batch = x.u.size(0), p.dim = x.u.size(1), p.seqlen = x.u.size(2);
+  p.state = x.A.size(1), p.groups = groups_of(x);
+  p.chunk = chunk, p.delta_softplus = delta_softplus, p.reverse = reverse;
+  p.constant_B = x.B.dim() == 2, p.constant_C = x.C.dim() == 2;
+
+  check_dim("delta", x.delta, "(batch, dim, seqlen)", 3);
+  const int64_t delta_dim = x.delta.size(1);
+  if (delta_dim < 1 ? p.dim != delta_dim : p.dim % delta_dim != 0) {
+    fail("delta must have a number of rows that divides dim = " + std::to_string(p.dim) +
+         ", got " + std::to_string(delta_dim));
+  }
+  check_shape("delta", x.delta, "(batch, delta_dim, seqlen)", {p.batch, delta_dim, p.seqlen});
+  p.delta_repeat = delta_dim < 1 ? 1 : p.dim / delta_dim;
+  check_shape("A", x.A, "(dim, state)", {p.dim, p.state});
+  if (p.state < 1) fail("A must have shape (dim, state) with state of at least 1, got state = 0");
+  if (p.groups < 1 || p.dim % p.groups != 0) {
+    fail("B and C must have a number of groups that divides dim = " + std::to_string(p.dim) +
+         ", got " + std::to_string(p.groups));
+  }
+  check_projection("B", x.B, p);
+  check_projection("C", x.C, p);
+  if (x.D) check_shape("D", *x.D, "(dim)", {p.dim});
+  if (x.z) check_shape("z", *x.z, "(batch, dim, seqlen)", {p.batch, p.dim, p.seqlen});
+  if (x.delta_bias) check_shape("delta_bias", *x.delta_bias, "(delta_dim)", {delta_dim});
+  if (chunk < 1) fail("chunk must be at least 1, got " + std::to_string(chunk));
+
+  p.compute = DType::kFloat32;
+  auto note = [&](const char* name, const Tensor& t) {
+    check_cpu(name, t);
+    if (float_dtype(name, t) == DType::kFloat64) p.compute = DType::kFloat64;
+  };
+  note("u", x.u), note("delta", x.delta), note("A", x.A), note("B", x.B), note("C", x.C);
+  if (x.D) note("D", *x.D);
+  if (x.z) note("z", *x.z);
+  if (x.delta_bias) note("delta_bias", *x.delta_bias);
+  if (x.initial_state) note("initial_state", *x.initial_state);
+  return p;
+}
+
+Sequences find_sequences(const Operands& x, const Problem& p) {
+  Sequences found = sequences(p.batch, p.seqlen, x.seq_idx, x.cu_seqlens, x.initial_state, 3,
+                              p.reverse);
+  if (x.initial_state && found.slots_by_id) {
+    check_shape("initial_state", *x.initial_state, "(batch, sequence, dim, state)",
+                {p.batch, x.initial_state->size(1), p.dim, p.state});
+  } else if (x.initial_state) {
+    check_shape("initial_state", *x.initial_state,
+                x.cu_seqlens ? "(sequence, dim, state)" : "(batch, dim, state)",
+                {found.slots, p.dim, p.state});
+  }
+  return found;
+}
+
+// (slot, dim, state) of a contiguous tensor of states that may have an axis of sequences.
+View<3> slot_view(const char* name, const Tensor& t) {
+  View<3> v;
+  v.data = t.data_ptr();
+  v.dtype = float_dtype(name, t);
+  const int64_t last = t.dim() - 1;
+  v.stride[0] = t.stride(last - 2), v.stride[1] = t.stride(last - 1), v.stride[2] = t.stride(last);
+  return v;
+}
+
+OptionalTensor contiguous(const OptionalTensor& t) {
+  return t ? OptionalTensor(torch::stable::contiguous(*t)) : t;
+}
+
+template <class Params>
+void fill(Params& params, const Operands& x) {
+  params.u = view<3>("u", x.u);
+  params.delta = view<3>("delta", x.delta);
+  params.A = view<2>("A", x.A);
+  params.B = projection_view("B", x.B);
+  params.C = projection_view("C", x.C);
+  params.D = view<1>("D", x.D);
+  params.z = view<3>("z", x.z);
+  params.delta_bias = view<1>("delta_bias", x.delta_bias);
+}
+
+// (batch, sequence, dim, state) or (slot, dim, state)
+Sizes state_sizes(const Problem& p, const Sequences& found) {
+  if (!found.slots_by_id) return {found.slots, p.dim, p.state};
+  return {p.batch, p.batch == 0 ? 0 : found.slots / p.batch, p.dim, p.state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan_fwd(
+    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+    const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+    const OptionalTensor& initial_state, const OptionalTensor& seq_idx,
+    const OptionalTensor& cu_seqlens, bool delta_softplus, bool reverse,
+    std::optional<ScalarType> out_dtype, int64_t chunk, bool return_states,
+    bool save_chunk_states) {
+  const OptionalTensor h0 = contiguous(initial_state);
+  const Operands x{u, delta, A, B, C, D, z, delta_bias, h0, seq_idx, cu_seqlens};
+  FwdParams p{};
+  static_cast<Problem&>(p) = check(x, delta_softplus, reverse, chunk);
+  const Sequences found = find_sequences(x, p);
+  p.segments = &found.segments;
+  fill(p, x);
+  if (h0) p.initial_state = slot_view("initial_state", *h0);
+
+  const ScalarType compute = scalar_type(p.compute);
+  Tensor y = empty_like(u, out_dtype ? *out_dtype : u.scalar_type());
+  Tensor last_state = empty(u, state_sizes(p, found), compute);
+  Tensor states = empty(u, return_states ? Sizes{p.batch, p.seqlen, p.dim, p.state} : Sizes{0},
+                        compute);
+  Tensor chunk_states = empty(
+      u, save_chunk_states ? Sizes{p.batch, p.chunks(), p.state, p.dim} : Sizes{0}, compute);
+  p.y = view<3>("out_dtype", y);
+  p.last_state = slot_view("last_state", last_state);
+  if (return_states) p.states = view<4>("states", states);
+  if (save_chunk_states) p.chunk_states = chunk_states.data_ptr();
+  run_tasks([](const FwdParams& q, const Range& r) { fwd(q, r); }, p, p.tasks(),
+            p.scratch_bytes());
+  return {y, last_state, states, chunk_states};
+}
+
+// out[i] = sum over parts of partial[part, i], with out seen through `size` and `strides`.
+void add_up(const Tensor& partial, const Tensor& out, int64_t parts, DType compute,
+            const int64_t (&size)[4], const View<4>& view) {
+  SumParams p{};
+  p.partial = partial.data_ptr();
+  p.parts = parts, p.count = size[0] * size[1] * size[2] * size[3];
+  p.compute = compute;
+  for (int i = 0; i < 4; ++i) p.size[i] = size[i];
+  p.out = view;
+  if (p.count == 0) return;
+  run_tasks([](const SumParams& q, const Range& r) { sum_partials(q, r); }, p, p.tasks(), 0,
+            1 + 16384 / (parts * size[3]));
+}
+
+// A gradient that is summed over row groups: (dim) or (dim, state).
+void add_up_rows(const Tensor& partial, const Tensor& out, const BwdParams& p, int64_t parts) {
+  const int64_t state = out.dim() == 2 ? p.state : 1;
+  View<4> v;
+  v.data = out.data_ptr();
+  v.dtype = float_dtype("gradient", out);
+  v.stride[2] = out.stride(0), v.stride[3] = out.dim() == 2 ? out.stride(1) : 0;
+  add_up(partial, out, parts, p.compute, {1, 1, p.dim, state}, v);
+}
+
+// dB or dC that varies in time: the partial sums are (batch, group, seqlen, state).
+void add_up_tasks(const Tensor& partial, const Tensor& out, const BwdParams& p) {
+  const View<4> v = projection_view("gradient", out);
+  View<4> w = v;
+  if (p.state == 1) {  // one long row instead of many short ones
+    return add_up(partial, out, p.tasks_per_group(), p.compute, {p.batch, p.groups, 1, p.seqlen},
+                  v);
+  }
+  w.stride[2] = v.stride[3], w.stride[3] = v.stride[2];
+  add_up(partial, out, p.tasks_per_group(), p.compute, {p.batch, p.groups, p.seqlen, p.state}, w);
+}
+
+using BwdResult =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+BwdResult selective_scan_bwd(
+    const OptionalTensor& dy, const OptionalTensor& dlast_state, const OptionalTensor& dstates,
+    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+    const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
+    const OptionalTensor& initial_state, const OptionalTensor& seq_idx,
+    const OptionalTensor& cu_seqlens, const Tensor& chunk_states, bool delta_softplus,
+    bool reverse, int64_t chunk) {
+  const OptionalTensor h0 = contiguous(initial_state), dlast = contiguous(dlast_state);
+  const Operands x{u, delta, A, B, C, D, z, delta_bias, h0, seq_idx, cu_seqlens};
+  BwdParams p{};
+  static_cast<Problem&>(p) = check(x, delta_softplus, reverse, chunk);
+  const Sequences found = find_sequences(x, p);
+  p.segments = &found.segments;
+  fill(p, x);
+  check_shape("chunk_states", chunk_states, "(batch, chunk, state, dim)",
+              {p.batch, p.chunks(), p.state, p.dim});
+  if (dy) check_shape("dy", *dy, "(batch, dim, seqlen)", {p.batch, p.dim, p.seqlen});
+  if (dlast) check_shape("dlast_state", *dlast, "of last_state", state_sizes(p, found));
+  if (dstates) {
+    check_shape("dstates", *dstates, "(batch, seqlen, dim, state)",
+                {p.batch, p.seqlen, p.dim, p.state});
+  }
+  if (h0) p.initial_state = slot_view("initial_state", *h0);
+  if (dlast) p.dlast_state = slot_view("dlast_state", *dlast);
+  p.chunk_states = chunk_states.data_ptr();
+  p.dy = view<3>("dy", dy);
+  p.dstates = view<4>("dstates", dstates);
+
+  const ScalarType compute = scalar_type(p.compute);
+  auto like = [&](const OptionalTensor& t) {
+    return t ? empty_like(*t, t->scalar_type()) : empty(u, {0}, compute);
+  };
+  Tensor du = like(u), dA = like(A), dB = like(B), dC = like(C), dD = like(D), dz = like(z);
+  Tensor ddelta_bias = like(delta_bias);
+  Tensor ddelta =
+      p.delta_repeat == 1 ? like(delta) : empty(u, {p.batch, p.dim, p.seqlen}, compute);
+  Tensor dh0 = initial_state ? empty(u, state_sizes(p, found), initial_state->scalar_type())
+                             : empty(u, {0}, compute);
+  p.du = view<3>("du", du);
+  p.ddelta = view<3>("ddelta", ddelta);
+  if (z) p.dz = view<3>("dz", dz);
+  if (h0) p.dinitial_state = slot_view("dinitial_state", dh0);
+
+  // Without a row nothing writes the partial sums, and the gradients are zero.
+  const int64_t rows = p.row_groups(), parts = rows == 0 ? 1 : rows;
+  auto partial = [&](const Sizes& sizes) {
+    return rows == 0 ? zeros(u, sizes, compute) : empty(u, sizes, compute);
+  };
+  const Sizes per_row{parts, p.dim, p.state};
+  const Sizes per_task{p.tasks_per_group(), p.batch, p.groups, p.seqlen, p.state};
+  Tensor dA_parts = partial(per_row);
+  Tensor dB_parts = partial(p.constant_B ? per_row : per_task);
+  Tensor dC_parts = partial(p.constant_C ? per_row : per_task);
+  Tensor dD_parts = partial({parts, p.dim}), dbias_parts = partial({parts, p.dim});
+  p.dA = dA_parts.data_ptr(), p.dB = dB_parts.data_ptr(), p.dC = dC_parts.data_ptr();
+  p.dD = dD_parts.data_ptr(), p.ddelta_bias = dbias_parts.data_ptr();
+
+  run_tasks([](const BwdParams& q, const Range& r) { bwd(q, r); }, p, p.tasks(),
+            p.scratch_bytes());
+
+  add_up_rows(dA_parts, dA, p, parts);
+  p.constant_B ? add_up_rows(dB_parts, dB, p, parts) : add_up_tasks(dB_parts, dB, p);
+  p.constant_C ? add_up_rows(dC_parts, dC, p, parts) : add_up_tasks(dC_parts, dC, p);
+  if (D) add_up_rows(dD_parts, dD, p, parts);
+  if (delta_bias) {
+    if (p.delta_repeat == 1) {
+      add_up_rows(dbias_parts, ddelta_bias, p, parts);
+    } else {  // Python sums it over the channels of a row, like ddelta
+      ddelta_bias = empty(u, {p.dim}, compute);
+      add_up_rows(dbias_parts, ddelta_bias, p, parts);
+    }
+  }
+  return {du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dh0};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(statescan, CPU, m) {
+  m.impl("selective_scan_fwd", TORCH_BOX(&selective_scan_fwd));
+  m.impl("selective_scan_bwd", TORCH_BOX(&selective_scan_bwd));
+}
+
+}  // namespace statescan::bindings

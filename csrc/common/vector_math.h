@@ -1,0 +1,127 @@
+// exp2, exp, log1p, softplus, sigmoid and silu of whole vectors, each followed by its derivative.
+// float: polynomials, within about 1.5 units in the last place; exact where exactness matters
+// (exp2(0) = 1, so that a step of size 0 leaves a state as it is). double: the C library, lane by
+// lane, for gradient checks.
+#pragma once
+
+#include "common/simd.h"
+
+namespace statescan {
+inline namespace STATESCAN_ISA {
+
+// x is in [-1/2, 1/2] after the nearest whole number has been taken off. Coefficients by
+// iteratively reweighted least squares on the relative error, constant term held at 1: 9e-8.
+STATESCAN_INLINE FloatVec exp2_fraction(FloatVec x) {
+  FloatVec p = splat(0.00132647273f);
+  p = p * x + 0.00967151299f;
+  p = p * x + 0.0555073358f;
+  p = p * x + 0.240222424f;
+  p = p * x + 0.693147004f;
+  return p * x + 1.0f;
+}
+
+#if defined(__AVX512F__)
+
+STATESCAN_INLINE FloatVec nearest(FloatVec x) {
+  return (FloatVec)_mm512_roundscale_ps((__m512)x,
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// p * 2^n for whole n: overflows to infinity, underflows to 0 through the subnormals, keeps NaN.
+STATESCAN_INLINE FloatVec scale_by_exp2(FloatVec p, FloatVec n) {
+  return (FloatVec)_mm512_scalef_ps((__m512)p, (__m512)n);
+}
+
+#else
+
+// Adding 1.5 * 2^23 leaves the whole number in the low bits of the sum, rounded to nearest even.
+// Beyond +-2^22 the result is wrong but whole, which is all scale_by_exp2 needs of it.
+STATESCAN_INLINE FloatVec nearest(FloatVec x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// As above, but what would be subnormal becomes 0.
+STATESCAN_INLINE FloatVec scale_by_exp2(FloatVec p, FloatVec n) {
+  const FloatVec low = splat(-127.0f), high = splat(128.0f);
+  const FloatVec clamped = n < low ? low : n > high ? high : n;
+  const IntVec half = __builtin_convertvector(clamped, IntVec) >> 1;  // two steps: 2^128 has no float
+  const IntVec rest = __builtin_convertvector(clamped, IntVec) - half;
+  const FloatVec scaled = p * (FloatVec)((half + 127) << 23) * (FloatVec)((rest + 127) << 23);
+  const FloatVec flushed = n < -126.0f ? FloatVec{} : scaled;
+  return n == n ? flushed : n;
+}
+
+#endif
+
+STATESCAN_INLINE FloatVec exp2(FloatVec x) {
+  const FloatVec n = nearest(x);
+  return scale_by_exp2(exp2_fraction(x - n), n);
+}
+
+STATESCAN_INLINE FloatVec exp(FloatVec x) {
+  const FloatVec n = nearest(x * 1.44269504f);
+  FloatVec r = x - n * 0.693145752f;  // ln 2 in two parts, the first with room for exact products
+  r = r - n * 1.42860677e-06f;
+  FloatVec p = splat(0.00831252523f);
+  p = p * r + 0.0418901145f;
+  p = p * r + 0.166671142f;
+  p = p * r + 0.499992311f;
+  return scale_by_exp2((p * r) * r + r + 1.0f, n);
+}
+
+// log(1 + s) for s in [0, 1], by 2 atanh(s / (2 + s)).
+STATESCAN_INLINE FloatVec log1p_unit(FloatVec s) {
+  const FloatVec z = s / (s + 2.0f), zz = z * z;
+  FloatVec p = splat(0.140122309f);
+  p = p * zz + 0.139995709f;
+  p = p * zz + 0.200108498f;
+  p = p * zz + 0.333332062f;
+  return 2.0f * (z + z * (zz * p));
+}
+
+STATESCAN_INLINE FloatVec abs(FloatVec x) { return x < 0.0f ? -x : x; }
+
+// log(1 + e^x). Linear above 20, where the two agree in float.
+STATESCAN_INLINE FloatVec softplus(FloatVec x) {
+  const FloatVec tail = log1p_unit(exp(-abs(x)));
+  return (x < 0.0f ? FloatVec{} : x) + tail;
+}
+
+STATESCAN_INLINE FloatVec sigmoid(FloatVec x) { return 1.0f / (1.0f + exp(-x)); }
+
+// ---- double
+
+#define STATESCAN_EACH_LANE(expression)                       \
+  DoubleVec y;                                                \
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = (expression); \
+  return y;
+
+STATESCAN_INLINE DoubleVec exp2(DoubleVec x) { STATESCAN_EACH_LANE(std::exp2(x[i])) }
+STATESCAN_INLINE DoubleVec exp(DoubleVec x) { STATESCAN_EACH_LANE(std::exp(x[i])) }
+// torch's softplus, the reference, is linear above 20.
+STATESCAN_INLINE DoubleVec softplus(DoubleVec x) {
+  STATESCAN_EACH_LANE(x[i] > 20 ? x[i] : std::log1p(std::exp(x[i])))
+}
+STATESCAN_INLINE DoubleVec sigmoid(DoubleVec x) { STATESCAN_EACH_LANE(1 / (1 + std::exp(-x[i]))) }
+
+#undef STATESCAN_EACH_LANE
+
+// ---- of both
+
+// d softplus / dx, with the same cut at 20.
+template <class V>
+STATESCAN_INLINE V softplus_slope(V x) {
+  return x > 20 ? V{} + 1 : sigmoid(x);
+}
+
+template <class V>
+STATESCAN_INLINE V silu(V x) {
+  return x * sigmoid(x);
+}
+
+// d silu / dx, where s = sigmoid(x).
+template <class V>
+STATESCAN_INLINE V silu_slope(V x, V s) {
+  return s * (1 + x * (1 - s));
+}
+
+}  // namespace STATESCAN_ISA
+}  // namespace statescan

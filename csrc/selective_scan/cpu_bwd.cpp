@@ -1,0 +1,457 @@
+// Backward of the selective scan on the CPU. Each piece is walked forward once more from the state
+// saved at its chunk, keeping h and a of every step, then backward. See cpu_walk.h for who does what.
+#include "selective_scan/cpu_walk.h"
+
+namespace statescan::selective_scan {
+namespace STATESCAN_ISA {
+namespace {
+
+// The operands of one piece and one block of states. Steps are counted in the order of the scan,
+// from `first` on in the tiles.
+template <class R>
+struct Steps {
+  int count, first, step;
+  const R *delta, *delta_u, *dy;  // (step, lane)
+  R *y, *d_delta, *d_delta_u;     // (step, lane), added to
+  const R *A, *A_log2e;           // (state, lane)
+  const R *B, *C;                 // (step, pitch) or constant (state, lane)
+  R *dB, *dC;                     // likewise, added to
+  int pitch;
+  const R* h0;  // (state, lane), before the first step
+  R *dh, *dA;   // (state, lane): updated; added to
+  R *h, *a;     // room for (1 + step, state, lane) and (step, state, lane)
+};
+
+template <class R, bool kConstant>
+STATESCAN_INLINE auto coefficient(const R* x, int n) {
+  if constexpr (kConstant) {
+    return load(x + n * kLanes<R>);
+  } else {
+    return x[n];
+  }
+}
+
+// Each channel's share of dB or dC, one vector per step and state, summed over the lanes: kLanes
+// vectors at a time, which costs 3 operations for each instead of a horizontal sum.
+template <class R, int kN>
+class LaneSum {
+ public:
+  static constexpr int kHeld = kN > kLanes<R> ? kN : kLanes<R>;
+
+  STATESCAN_INLINE Vec<R>& share(int n) { return held_[used_ + n]; }
+
+  // The shares of one step are complete; `out` is that step's row of sums.
+  STATESCAN_INLINE void step_done(R* out) {
+    row_[used_ / kN] = out;
+    used_ += kN;
+    if (used_ == kHeld) flush();
+  }
+
+  STATESCAN_INLINE void flush() {
+    if (used_ == 0) return;
+    for (int i = used_; i < kHeld; ++i) held_[i] = Vec<R>{};
+    if constexpr (kN >= kLanes<R>) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kN; n += kLanes<R>) {
+        store(row_[0] + n, load(row_[0] + n) + sum_lanes<R>(held_ + n));
+      }
+    } else {
+      const Vec<R> sums = sum_lanes<R>(held_);
+      for (int i = 0; i < used_; ++i) row_[i / kN][i % kN] += sums[i];
+    }
+    used_ = 0;
+  }
+
+ private:
+  Vec<R> held_[kHeld];
+  R* row_[kHeld / kN];
+  int used_ = 0;
+};
+
+// h and a of every step, and y for the gate.
+template <class R, int kN, bool kConstantB, bool kConstantC>
+STATESCAN_INLINE void recompute(const Steps<R>& s) {
+  constexpr int kStates = kN * kLanes<R>;
+  Vec<R> h[kN];
+#pragma GCC unroll 16
+  for (int n = 0; n < kN; ++n) {
+    h[n] = load(s.h0 + n * kLanes<R>);
+    store(s.h + n * kLanes<R>, h[n]);
+  }
+  for (int i = 0; i < s.count; ++i) {
+    const int t = s.first + s.step * i;
+    const R* B = kConstantB ? s.B : s.B + t * s.pitch;
+    const R* C = kConstantC ? s.C : s.C + t * s.pitch;
+    const Vec<R> delta = load(s.delta + t * kLanes<R>), delta_u = load(s.delta_u + t * kLanes<R>);
+    Vec<R> y = load(s.y + t * kLanes<R>), y_odd{};
+#pragma GCC unroll 16
+    for (int n = 0; n < kN; ++n) {
+      const Vec<R> a = decay(delta, load(s.A_log2e + n * kLanes<R>));
+      h[n] = next_state(a, h[n], delta_u, coefficient<R, kConstantB>(B, n));
+      store(s.a + i * kStates + n * kLanes<R>, a);
+      store(s.h + (i + 1) * kStates + n * kLanes<R>, h[n]);
+      Vec<R>& sum = n % 2 ? y_odd : y;
+      sum += coefficient<R, kConstantC>(C, n) * h[n];
+    }
+    store(s.y + t * kLanes<R>, y + y_odd);
+  }
+}
+
+// `add_dstates(i, dh)` adds the gradients of the states returned after step i.
+template <class R, int kN, bool kConstantB, bool kConstantC, class AddDStates>
+STATESCAN_INLINE void walk_back(const Steps<R>& s, AddDStates&& add_dstates) {
+  constexpr int kStates = kN * kLanes<R>;
+  Vec<R> dh[kN];
+#pragma GCC unroll 16
+  for (int n = 0; n < kN; ++n) dh[n] = load(s.dh + n * kLanes<R>);
+  LaneSum<R, kN> dB_sum, dC_sum;
+  for (int i = s.count - 1; i >= 0; --i) {
+    const int t = s.first + s.step * i;
+    const R* B = kConstantB ? s.B : s.B + t * s.pitch;
+    const R* C = kConstantC ? s.C : s.C + t * s.pitch;
+    const Vec<R> delta = load(s.delta + t * kLanes<R>), delta_u = load(s.delta_u + t * kLanes<R>);
+    const Vec<R> dy = load(s.dy + t * kLanes<R>);
+    Vec<R> d_delta = load(s.d_delta + t * kLanes<R>);
+    Vec<R> d_delta_u = load(s.d_delta_u + t * kLanes<R>);
+    add_dstates(i, dh);
+#pragma GCC unroll 16
+    for (int n = 0; n < kN; ++n) {
+      Vec<R> dA = load(s.dA + n * kLanes<R>), dB, dC;
+      step_vjp(load(s.a + i * kStates + n * kLanes<R>), load(s.h + i * kStates + n * kLanes<R>),
+               load(s.h + (i + 1) * kStates + n * kLanes<R>), delta, delta_u,
+               load(s.A + n * kLanes<R>), coefficient<R, kConstantB>(B, n),
+               coefficient<R, kConstantC>(C, n), dy, dh[n], dA, dB, dC, d_delta, d_delta_u);
+      store(s.dA + n * kLanes<R>, dA);
+      if constexpr (kConstantB) {
+        store(s.dB + n * kLanes<R>, load(s.dB + n * kLanes<R>) + dB);
+      } else {
+        dB_sum.share(n) = dB;
+      }
+      if constexpr (kConstantC) {
+        store(s.dC + n * kLanes<R>, load(s.dC + n * kLanes<R>) + dC);
+      } else {
+        dC_sum.share(n) = dC;
+      }
+    }
+    if constexpr (!kConstantB) dB_sum.step_done(s.dB + t * s.pitch);
+    if constexpr (!kConstantC) dC_sum.step_done(s.dC + t * s.pitch);
+    store(s.d_delta + t * kLanes<R>, d_delta);
+    store(s.d_delta_u + t * kLanes<R>, d_delta_u);
+  }
+  dB_sum.flush();
+  dC_sum.flush();
+#pragma GCC unroll 16
+  for (int n = 0; n < kN; ++n) store(s.dh + n * kLanes<R>, dh[n]);
+}
+
+template <class R>
+class Backward {
+ public:
+  Backward(const BwdParams& p, void* memory) : p_(p) {
+    Scratch scratch(memory);
+    const int64_t lanes = p.chunk * kLanes<R>;
+    const int64_t table = (p.task_channels() + kLanes<R>) * p.state;
+    pitch_ = tile_pitch<R>(int(p.state));
+    for (R** tile : {&B_, &C_, &dB_, &dC_}) *tile = scratch.take<R>(p.chunk * pitch_);
+    for (R** tile : {&u_, &delta_, &delta_u_, &slope_, &dy_, &dout_, &z_, &y_, &d_delta_,
+                     &d_delta_u_}) {
+      *tile = scratch.take<R>(lanes);
+    }
+    for (R** t : {&A_, &A_log2e_, &dA_, &dh_}) *t = scratch.take<R>(table);
+    for (R** t : {&B_table_, &dB_table_}) *t = scratch.take<R>(p.constant_B ? table : 0);
+    for (R** t : {&C_table_, &dC_table_}) *t = scratch.take<R>(p.constant_C ? table : 0);
+    h0_ = scratch.take<R>(p.state * kLanes<R>);
+    dD_ = scratch.take<R>(p.task_channels() + kLanes<R>);
+    dbias_ = scratch.take<R>(p.task_channels() + kLanes<R>);
+    const int64_t held = (p.state < 16 ? p.state : 16) * kLanes<R>;
+    h_ = scratch.take<R>((p.chunk + 1) * held);
+    a_ = scratch.take<R>(p.chunk * held);
+  }
+
+  void run(int64_t task) {
+    c_ = task_channels(p_, task % p_.channel_tasks());
+    const int64_t rows = p_.segments->rows(), groups = p_.row_groups();
+    row_group_ = task / p_.channel_tasks();
+    begin();
+    for (int64_t row = rows * row_group_ / groups; row < rows * (row_group_ + 1) / groups; ++row) {
+      for (int64_t s = p_.segments->row_offset[row + 1]; s-- > p_.segments->row_offset[row];) {
+        run_segment(p_.segments->segments[s]);
+      }
+    }
+    finish();
+  }
+
+ private:
+  template <class F>
+  STATESCAN_INLINE void for_blocks(F&& f) {
+    for (int64_t channel = c_.begin; channel < c_.end; channel += kLanes<R>) {
+      const int64_t left = c_.end - channel;
+      f(channel, left < kLanes<R> ? int(left) : kLanes<R>, (channel - c_.begin) * p_.state);
+    }
+  }
+
+  STATESCAN_INLINE void clear(R* x, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) x[i] = 0;
+  }
+
+  void begin() {
+    for_blocks([&](int64_t channel, int rows, int64_t offset) {
+      const int64_t count = p_.state * kLanes<R>;
+      const View<4> A{p_.A.data, p_.A.dtype, {0, p_.A.stride[0], p_.A.stride[1], 0}};
+      load_table(A, channel, rows, p_.state, R(1), A_ + offset);
+      load_table(A, channel, rows, p_.state, R(kLog2e), A_log2e_ + offset);
+      clear(dA_ + offset, count);
+      if (p_.constant_B) {
+        load_table(p_.B, channel, rows, p_.state, R(1), B_table_ + offset);
+        clear(dB_table_ + offset, count);
+      }
+      if (p_.constant_C) {
+        load_table(p_.C, channel, rows, p_.state, R(1), C_table_ + offset);
+        clear(dC_table_ + offset, count);
+      }
+      clear(dD_ + (channel - c_.begin), kLanes<R>);
+      clear(dbias_ + (channel - c_.begin), kLanes<R>);
+    });
+  }
+
+  // Hands over what was summed over the rows of this task.
+  void finish() {
+    for_blocks([&](int64_t channel, int rows, int64_t offset) {
+      const int64_t at = row_group_ * p_.dim + channel;
+      auto table = [&](void* to, const R* from) {
+        store_tile(Plane{static_cast<R*>(to) + at * p_.state, p_.compute, p_.state, 1}, rows,
+                   int(p_.state), from + offset, kLanes<R>);
+      };
+      table(p_.dA, dA_);
+      if (p_.constant_B) table(p_.dB, dB_table_);
+      if (p_.constant_C) table(p_.dC, dC_table_);
+      store_first(static_cast<R*>(p_.dD) + at, load(dD_ + (channel - c_.begin)), rows);
+      store_first(static_cast<R*>(p_.ddelta_bias) + at, load(dbias_ + (channel - c_.begin)), rows);
+    });
+  }
+
+  void run_segment(const Segment& segment) {
+    for_blocks([&](int64_t channel, int rows, int64_t offset) {
+      clear(dh_ + offset, p_.state * kLanes<R>);
+      if (segment.last_slot >= 0 && p_.dlast_state) {
+        load_tile(state_plane(p_.dlast_state, segment.last_slot, channel), rows, int(p_.state),
+                  dh_ + offset, kLanes<R>);
+      }
+    });
+    for (int64_t i = piece_count(p_, segment); i-- > 0;) {
+      run_piece(segment, piece_at(p_, segment, i));
+    }
+    if (segment.initial_slot < 0 || !p_.dinitial_state) return;
+    for_blocks([&](int64_t channel, int rows, int64_t offset) {
+      store_tile(state_plane(p_.dinitial_state, segment.initial_slot, channel), rows,
+                 int(p_.state), dh_ + offset, kLanes<R>);
+    });
+  }
+
+  void run_piece(const Segment& segment, const Piece& piece) {
+    const int steps = piece.steps();
+    const int64_t b = segment.batch;
+    clear(dB_, steps * pitch_);
+    clear(dC_, steps * pitch_);
+    if (!segment.padding) {
+      if (!p_.constant_B) {
+        load_tile(plane(p_.B, b, c_.group, piece.begin), int(p_.state), steps, B_, pitch_);
+      }
+      if (!p_.constant_C) {
+        load_tile(plane(p_.C, b, c_.group, piece.begin), int(p_.state), steps, C_, pitch_);
+      }
+    }
+    for_blocks([&](int64_t channel, int rows, int64_t offset) {
+      if (segment.padding) {
+        for (R* tile : {u_, delta_, z_}) clear(tile, steps * kLanes<R>);
+      } else {
+        prepare(b, piece, channel, rows);
+        load_h0(segment, piece, channel, rows);
+        scan(b, piece, channel, rows, offset);
+        combine(piece, channel, rows);
+      }
+      store_tile(plane(p_.du, b, channel, piece.begin), rows, steps, u_, kLanes<R>);
+      store_tile(plane(p_.ddelta, b, channel, piece.begin), rows, steps, delta_, kLanes<R>);
+      if (p_.z) store_tile(plane(p_.dz, b, channel, piece.begin), rows, steps, z_, kLanes<R>);
+    });
+    if (!p_.constant_B) hand_over(p_.dB, dB_, b, piece);
+    if (!p_.constant_C) hand_over(p_.dC, dC_, b, piece);
+  }
+
+  // partial[task of the group, b, group, t, :] = sums[t, :]
+  void hand_over(void* partial, const R* sums, int64_t b, const Piece& piece) {
+    const int64_t row = ((c_.part * p_.batch + b) * p_.groups + c_.group) * p_.seqlen + piece.begin;
+    store_tile(Plane{static_cast<R*>(partial) + row * p_.state, p_.compute, 1, p_.state},
+               int(p_.state), piece.steps(), sums, pitch_);
+  }
+
+  void prepare(int64_t b, const Piece& piece, int64_t channel, int rows) {
+    const int steps = piece.steps();
+    load_tile(plane(p_.u, b, channel, piece.begin), rows, steps, u_, kLanes<R>);
+    load_tile(plane(p_.delta, b, 0, piece.begin), rows, steps, delta_, kLanes<R>, p_.delta_repeat,
+              channel);
+    if (p_.dy) {
+      load_tile(plane(p_.dy, b, channel, piece.begin), rows, steps, dout_, kLanes<R>);
+    } else {
+      clear(dout_, steps * kLanes<R>);
+    }
+    if (p_.z) load_tile(plane(p_.z, b, channel, piece.begin), rows, steps, z_, kLanes<R>);
+    const Vec<R> D = load_parameter<R>(p_.D, channel, rows, 0);
+    const Vec<R> bias = load_parameter<R>(p_.delta_bias, channel, rows, 0, p_.delta_repeat);
+    for (int i = 0; i < steps * kLanes<R>; i += kLanes<R>) {
+      Vec<R> delta = load(delta_ + i) + bias;
+      if (p_.delta_softplus) {
+        store(slope_ + i, softplus_slope(delta));
+        delta = softplus(delta);
+      }
+      const Vec<R> u = load(u_ + i);
+      store(delta_ + i, delta);
+      store(delta_u_ + i, delta * u);
+      store(y_ + i, D * u);
+      const Vec<R> dout = load(dout_ + i);
+      store(dy_ + i, p_.z ? dout * silu(load(z_ + i)) : dout);
+      store(d_delta_ + i, Vec<R>{});
+      store(d_delta_u_ + i, Vec<R>{});
+    }
+  }
+
+  void load_h0(const Segment& segment, const Piece& piece, int64_t channel, int rows) {
+    clear(h0_, p_.state * kLanes<R>);
+    if (piece.entry) {
+      const R* from = static_cast<const R*>(p_.chunk_states) +
+                      (segment.batch * p_.chunks() + piece.chunk) * p_.state * p_.dim;
+      for (int64_t n = 0; n < p_.state; ++n) {
+        store(h0_ + n * kLanes<R>, load_first(from + n * p_.dim + channel, rows));
+      }
+    } else if (segment.initial_slot >= 0 && p_.initial_state) {  // the first piece of its segment
+      load_tile(state_plane(p_.initial_state, segment.initial_slot, channel), rows, int(p_.state),
+                h0_, kLanes<R>);
+    }
+  }
+
+  void scan(int64_t b, const Piece& piece, int64_t channel, int rows, int64_t offset) {
+    const int steps = piece.steps();
+    const int first = p_.reverse ? steps - 1 : 0, step = p_.reverse ? -1 : 1;
+    auto walk_block = [&](auto size, int64_t n, auto B_is_constant, auto C_is_constant) {
+      constexpr int kN = size();
+      constexpr bool kB = B_is_constant(), kC = C_is_constant();
+      const int64_t table = offset + n * kLanes<R>;
+      const Steps<R> s{steps, first, step, delta_, delta_u_, dy_, y_, d_delta_, d_delta_u_,
+                       A_ + table, A_log2e_ + table, kB ? B_table_ + table : B_ + n,
+                       kC ? C_table_ + table : C_ + n, kB ? dB_table_ + table : dB_ + n,
+                       kC ? dC_table_ + table : dC_ + n, pitch_, h0_ + n * kLanes<R>, dh_ + table,
+                       dA_ + table, h_, a_};
+      recompute<R, kN, kB, kC>(s);
+      if (!p_.dstates) {
+        walk_back<R, kN, kB, kC>(s, [](int, Vec<R>*) {});
+        return;
+      }
+      walk_back<R, kN, kB, kC>(s, [&](int i, Vec<R>* dh) {
+        add_dstates(b, piece.begin + first + step * i, channel, rows, n, kN, dh);
+      });
+    };
+    const std::false_type varies;
+    const std::true_type constant;
+    if (!p_.constant_B && !p_.constant_C) {
+      for_state_blocks<std::is_same_v<R, float> ? 16 : 4>(
+          0, p_.state, [&](auto size, int64_t n) { walk_block(size, n, varies, varies); });
+      return;
+    }
+    for_state_blocks<4>(0, p_.state, [&](auto size, int64_t n) {
+      if (!p_.constant_B) return walk_block(size, n, varies, constant);
+      if (!p_.constant_C) return walk_block(size, n, constant, varies);
+      walk_block(size, n, constant, constant);
+    });
+  }
+
+  void add_dstates(int64_t b, int64_t t, int64_t channel, int rows, int64_t n, int count,
+                   Vec<R>* dh) {
+    const View<4>& x = p_.dstates;
+    for (int i = 0; i < count; ++i) {
+      for (int r = 0; r < rows; ++r) {
+        dh[i][r] += load_scalar<R>(x.dtype, x.data,
+                                   b * x.stride[0] + t * x.stride[1] + (channel + r) * x.stride[2] +
+                                       (n + i) * x.stride[3]);
+      }
+    }
+  }
+
+  // The tiles u, delta and z become their own gradients.
+  void combine(const Piece& piece, int64_t channel, int rows) {
+    const Vec<R> D = load_parameter<R>(p_.D, channel, rows, 0);
+    Vec<R> dD{}, dbias{};
+    for (int i = 0; i < piece.steps() * kLanes<R>; i += kLanes<R>) {
+      const Vec<R> u = load(u_ + i), dy = load(dy_ + i), d_delta_u = load(d_delta_u_ + i);
+      Vec<R> d_delta = load(d_delta_ + i) + u * d_delta_u;
+      if (p_.delta_softplus) d_delta *= load(slope_ + i);
+      store(u_ + i, D * dy + load(delta_ + i) * d_delta_u);
+      store(delta_ + i, d_delta);
+      dD += dy * u;
+      dbias += d_delta;
+      if (p_.z) {
+        const Vec<R> z = load(z_ + i);
+        store(z_ + i, load(dout_ + i) * load(y_ + i) * silu_slope(z, sigmoid(z)));
+      }
+    }
+    const int64_t at = channel - c_.begin;
+    store(dD_ + at, load(dD_ + at) + dD);
+    store(dbias_ + at, load(dbias_ + at) + dbias);
+  }
+
+  const BwdParams& p_;
+  Channels c_;
+  int64_t row_group_;
+  int pitch_;
+  R *B_, *C_, *dB_, *dC_;                                            // (step, pitch)
+  R *u_, *delta_, *delta_u_, *slope_, *dy_, *dout_, *z_, *y_;        // (step, lane)
+  R *d_delta_, *d_delta_u_;                                          // (step, lane)
+  R *A_, *A_log2e_, *dA_, *dh_;                                      // (block, state, lane)
+  R *B_table_, *C_table_, *dB_table_, *dC_table_, *h0_, *dD_, *dbias_;
+  R *h_, *a_;
+};
+
+template <class R>
+void run_tasks(const BwdParams& p, const Range& range) {
+  Backward<R> backward(p, range.scratch);
+  for (int64_t task = range.begin; task < range.end; ++task) backward.run(task);
+}
+
+template <class R>
+void sum_rows(const SumParams& p, const Range& range) {
+  constexpr int64_t kTile = 256;
+  R sums[kTile];
+  for (int64_t row = range.begin; row < range.end; ++row) {
+    const int64_t i2 = row % p.size[2], i1 = row / p.size[2] % p.size[1];
+    const int64_t i0 = row / p.size[2] / p.size[1];
+    const int64_t out = i0 * p.out.stride[0] + i1 * p.out.stride[1] + i2 * p.out.stride[2];
+    for (int64_t begin = 0; begin < p.size[3]; begin += kTile) {
+      const int64_t left = p.size[3] - begin, count = left < kTile ? left : kTile;
+      const R* from = static_cast<const R*>(p.partial) + row * p.size[3] + begin;
+      for (int64_t i = 0; i < count; ++i) sums[i] = from[i];
+      for (int64_t part = 1; part < p.parts; ++part) {
+        from += p.count;
+        for (int64_t i = 0; i < count; ++i) sums[i] += from[i];
+      }
+      with_type(p.out.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        T* to = static_cast<T*>(p.out.data) + out + begin * p.out.stride[3];
+        for (int64_t i = 0; i < count; ++i) store_one<R>(to + i * p.out.stride[3], sums[i]);
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void bwd(const BwdParams& p, const Range& range) {
+  if (p.compute == DType::kFloat64) return run_tasks<double>(p, range);
+  run_tasks<float>(p, range);
+}
+
+void sum_partials(const SumParams& p, const Range& range) {
+  if (p.compute == DType::kFloat64) return sum_rows<double>(p, range);
+  sum_rows<float>(p, range);
+}
+
+}  // namespace STATESCAN_ISA
+}  // namespace statescan::selective_scan

@@ -1,0 +1,13 @@
+"""Compiled state-space operators for PyTorch: fast on a CPU, called from any model.
+
+The operators are functions of this package; `statescan.reference` holds the same mathematics in
+plain torch, one time step at a time, and is what they are tested against.
+"""
+
+import torch  # noqa: F401  (loads the library that statescan._C links to)
+
+from statescan import _C, reference
+from statescan.ops.selective_scan import selective_scan
+from statescan.version import __version__
+
+__all__ = ["_C", "__version__", "reference", "selective_scan"]

@@ -1,0 +1,9 @@
+"""The specification: every operator as naive mathematics in plain torch, differentiable by autograd.
+
+Slow on purpose. Computed in the dtype of the inputs after promotion to at least float32; pass
+float64 for an answer to test against.
+"""
+
+from statescan.reference.selective_scan import selective_scan
+
+__all__ = ["selective_scan"]
