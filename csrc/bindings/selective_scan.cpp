@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <utility>
 
 #include "bindings/device.h"
 #include "bindings/segments.h"
@@ -173,40 +174,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan_fwd(
   return {y, last_state, states, chunk_states};
 }
 
-// out[i] = sum over parts of partial[part, i], with out seen through `size` and `strides`.
-void add_up(const Tensor& partial, const Tensor& out, int64_t parts, DType compute,
-            const int64_t (&size)[4], const View<4>& view) {
+// out[i] = sum over parts of partial[part, i], with `out` of these sizes.
+void add_up(const Tensor& partial, int64_t parts, DType compute, const int64_t (&size)[4],
+            const View<4>& out) {
   SumParams p{};
   p.partial = partial.data_ptr();
   p.parts = parts, p.count = size[0] * size[1] * size[2] * size[3];
   p.compute = compute;
   for (int i = 0; i < 4; ++i) p.size[i] = size[i];
-  p.out = view;
+  p.out = out;
   if (p.count == 0) return;
   run_tasks([](const SumParams& q, const Range& r) { sum_partials(q, r); }, p, p.tasks(), 0,
             1 + 16384 / (parts * size[3]));
 }
 
 // A gradient that is summed over row groups: (dim) or (dim, state).
-void add_up_rows(const Tensor& partial, const Tensor& out, const BwdParams& p, int64_t parts) {
+void add_up_rows(const Tensor& partial, const Tensor& out, const BwdParams& p) {
   const int64_t state = out.dim() == 2 ? p.state : 1;
   View<4> v;
   v.data = out.data_ptr();
   v.dtype = float_dtype("gradient", out);
   v.stride[2] = out.stride(0), v.stride[3] = out.dim() == 2 ? out.stride(1) : 0;
-  add_up(partial, out, parts, p.compute, {1, 1, p.dim, state}, v);
+  add_up(partial, partial.size(0), p.compute, {1, 1, p.dim, state}, v);
 }
 
 // dB or dC that varies in time: the partial sums are (batch, group, seqlen, state).
 void add_up_tasks(const Tensor& partial, const Tensor& out, const BwdParams& p) {
-  const View<4> v = projection_view("gradient", out);
-  View<4> w = v;
-  if (p.state == 1) {  // one long row instead of many short ones
-    return add_up(partial, out, p.tasks_per_group(), p.compute, {p.batch, p.groups, 1, p.seqlen},
-                  v);
+  View<4> v = projection_view("gradient", out);  // (batch, group, state, seqlen)
+  if (p.state == 1) {                            // one long row instead of many short ones
+    return add_up(partial, partial.size(0), p.compute, {p.batch, p.groups, 1, p.seqlen}, v);
   }
-  w.stride[2] = v.stride[3], w.stride[3] = v.stride[2];
-  add_up(partial, out, p.tasks_per_group(), p.compute, {p.batch, p.groups, p.seqlen, p.state}, w);
+  std::swap(v.stride[2], v.stride[3]);
+  add_up(partial, partial.size(0), p.compute, {p.batch, p.groups, p.seqlen, p.state}, v);
 }
 
 using BwdResult =
@@ -255,13 +254,14 @@ BwdResult selective_scan_bwd(
   if (z) p.dz = view<3>("dz", dz);
   if (h0) p.dinitial_state = slot_view("dinitial_state", dh0);
 
-  // Without a row nothing writes the partial sums, and the gradients are zero.
-  const int64_t rows = p.row_groups(), parts = rows == 0 ? 1 : rows;
+  // Without a task (no batch, no channels) nothing writes the partial sums: the gradients are zero.
+  const bool nothing = p.tasks() == 0;
+  const int64_t parts = nothing ? 1 : p.row_groups();
   auto partial = [&](const Sizes& sizes) {
-    return rows == 0 ? zeros(u, sizes, compute) : empty(u, sizes, compute);
+    return nothing ? zeros(u, sizes, compute) : empty(u, sizes, compute);
   };
   const Sizes per_row{parts, p.dim, p.state};
-  const Sizes per_task{p.tasks_per_group(), p.batch, p.groups, p.seqlen, p.state};
+  const Sizes per_task{nothing ? 1 : p.tasks_per_group(), p.batch, p.groups, p.seqlen, p.state};
   Tensor dA_parts = partial(per_row);
   Tensor dB_parts = partial(p.constant_B ? per_row : per_task);
   Tensor dC_parts = partial(p.constant_C ? per_row : per_task);
@@ -272,16 +272,16 @@ BwdResult selective_scan_bwd(
   run_tasks([](const BwdParams& q, const Range& r) { bwd(q, r); }, p, p.tasks(),
             p.scratch_bytes());
 
-  add_up_rows(dA_parts, dA, p, parts);
-  p.constant_B ? add_up_rows(dB_parts, dB, p, parts) : add_up_tasks(dB_parts, dB, p);
-  p.constant_C ? add_up_rows(dC_parts, dC, p, parts) : add_up_tasks(dC_parts, dC, p);
-  if (D) add_up_rows(dD_parts, dD, p, parts);
+  add_up_rows(dA_parts, dA, p);
+  p.constant_B ? add_up_rows(dB_parts, dB, p) : add_up_tasks(dB_parts, dB, p);
+  p.constant_C ? add_up_rows(dC_parts, dC, p) : add_up_tasks(dC_parts, dC, p);
+  if (D) add_up_rows(dD_parts, dD, p);
   if (delta_bias) {
     if (p.delta_repeat == 1) {
-      add_up_rows(dbias_parts, ddelta_bias, p, parts);
+      add_up_rows(dbias_parts, ddelta_bias, p);
     } else {  // Python sums it over the channels of a row, like ddelta
       ddelta_bias = empty(u, {p.dim}, compute);
-      add_up_rows(dbias_parts, ddelta_bias, p, parts);
+      add_up_rows(dbias_parts, ddelta_bias, p);
     }
   }
   return {du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dh0};

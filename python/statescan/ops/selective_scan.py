@@ -162,22 +162,27 @@ def _(
         like(C),
         like(D),
         like(z),
-        u.new_empty((dim,), dtype=dtype) if grouped and delta_bias is not None else like(delta_bias),
+        u.new_empty((dim,), dtype=dtype)
+        if grouped and delta_bias is not None
+        else like(delta_bias),
         dinitial_state,
     )
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, delta_softplus, reverse, _out_dtype, chunk, _return_states, _save = inputs
+    *tensors, delta_softplus, reverse, _out_dtype, chunk, return_states, _save = inputs
     chunk_states = output[3]
     ctx.save_for_backward(*tensors, chunk_states)
     ctx.mark_non_differentiable(chunk_states)
     ctx.set_materialize_grads(False)
     ctx.flags = (delta_softplus, reverse, chunk)
+    ctx.return_states = return_states
 
 
 def _backward(ctx, dy, dlast_state, dstates, _dchunk_states):
     *tensors, chunk_states = ctx.saved_tensors
+    if not ctx.return_states:  # a traced graph brings an empty one
+        dstates = None
     u, delta, D, z, delta_bias, initial_state = *tensors[:2], *tensors[5:9]
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = (
         torch.ops.statescan.selective_scan_bwd(

@@ -1,6 +1,6 @@
 """Reference of the selective scan: a loop over time, and a loop over sequences around it."""
 
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +89,7 @@ def _per_channel(x, batch, dim, seqlen):
 def _by_cu_seqlens(u, delta, A, B, C, initial_state, cu_seqlens, reverse):
     """Each sequence on its own."""
     y, last, states = [], [], []
-    for i, (begin, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+    for i, (begin, end) in enumerate(pairwise(cu_seqlens.tolist())):
         h0 = None if initial_state is None else initial_state[i : i + 1]
         piece = [x[..., begin:end] for x in (u, delta)]
         results = scan(*piece, A, B[..., begin:end], C[..., begin:end], h0, reverse)
@@ -100,7 +100,7 @@ def _by_cu_seqlens(u, delta, A, B, C, initial_state, cu_seqlens, reverse):
 
 def _by_seq_idx(u, delta, A, B, C, initial_state, seq_idx, reverse):
     """Each run of equal ids on its own; padding (negative ids) leaves zeros."""
-    batch, dim, seqlen = u.shape
+    batch, dim, _ = u.shape
     zero = u.new_zeros(1, dim, A.shape[1])
     ys, lasts, all_states = [], [], []
     for b in range(batch):
