@@ -64,22 +64,22 @@ def in_double(inputs):
     }
 
 
-def check(inputs, *, delta_softplus=True, **options):
-    """Ours, in the dtypes of `inputs`, against the reference in float64."""
+def check(inputs, *, delta_softplus=True, slack=1, **options):
+    """Ours, in the dtypes of `inputs`, against the reference in float64, to `slack` tolerances."""
     options |= {"delta_softplus": delta_softplus}
     got, grads = run(ours, inputs, **options)
     ref_options = {k: v for k, v in options.items() if k != "out_dtype"}
     want, want_grads = run(theirs, in_double(inputs), **ref_options)
     coarsest = max((x.dtype for x in inputs.values() if x is not None), key=TOLERANCE.get)
     for name, y, w in zip(("y", "last_state", "states"), got, want, strict=False):
-        assert_close(name, y, w, coarsest if name == "y" else None)
+        assert_close(name, y, w, coarsest if name == "y" else None, slack)
     for name, grad in grads.items():
         assert grad.dtype == inputs[name].dtype
-        assert_close("d" + name, grad, want_grads[name], coarsest)
+        assert_close("d" + name, grad, want_grads[name], coarsest, slack)
 
 
 # One below, at and above: the vector widths, a chunk, two chunks.
-@pytest.mark.parametrize("seqlen", [1, 2, 7, 16, 17, 63, 64, 65, 131])
+@pytest.mark.parametrize("seqlen", [1, 2, 7, 16, 17, 127, 128, 129, 257])
 def test_matches_reference_at_ragged_lengths(seqlen):
     check(sample(seqlen=seqlen, state=16, dim=19), return_last_state=True)
 
@@ -89,7 +89,7 @@ def test_matches_reference_at_any_state_size(state):
     check(sample(seqlen=21, state=state, dim=3), return_last_state=True)
 
 
-@pytest.mark.parametrize("seqlen", [255, 256, 257], ids="L{}".format)
+@pytest.mark.parametrize("seqlen", [511, 512, 513], ids="L{}".format)
 def test_state_one_uses_longer_chunks(seqlen):
     check(sample(seqlen=seqlen, state=1, dim=18, batch=1), return_last_state=True)
 
@@ -287,10 +287,10 @@ def test_reverse_is_a_flip():
     assert torch.equal(last, want_last)
 
 
-@pytest.mark.parametrize("cut", [1, 63, 64, 65, 99])
+@pytest.mark.parametrize("cut", [1, 127, 128, 129, 141])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_a_scan_cut_in_two_and_joined_by_its_state_is_the_whole(cut, reverse):
-    inputs = sample(seqlen=100, dim=18, state=16)
+    inputs = sample(seqlen=142, dim=18, state=16)
     timed = ("u", "delta", "B", "C", "z")
 
     def in_two(initial_state, **x):
@@ -325,7 +325,7 @@ def cu(*lengths, dtype=torch.int32):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("state", [1, 16])
 def test_packed_sequences(reverse, state):
-    lengths = (5, 0, 1, 64, 130, 3)
+    lengths = (5, 0, 1, 122, 130, 3)
     inputs = sample(batch=1, seqlen=sum(lengths), dim=18, state=state, slots=(len(lengths),))
     options = {"cu_seqlens": cu(*lengths), "reverse": reverse, "return_last_state": True}
     check(inputs, **options)
@@ -333,7 +333,7 @@ def test_packed_sequences(reverse, state):
 
 
 def test_packed_is_separate():
-    lengths = (70, 1, 129)
+    lengths = (70, 1, 187)
     inputs = sample(batch=1, seqlen=sum(lengths), dim=18, slots=(3,))
     y, last = ours(**inputs, cu_seqlens=cu(*lengths, dtype=torch.int64), return_last_state=True)
     begin = 0
@@ -355,10 +355,10 @@ def ids(*runs):
 
 SEQ_IDX = torch.stack(
     [
-        ids((0, 5), (1, 64), (2, 1), (3, 70)),
-        ids((-1, 3), (1, 62), (-1, 5), (0, 70)),  # padding left and in between, ids in any order
+        ids((0, 5), (1, 123), (2, 1), (3, 11)),
+        ids((-1, 3), (1, 124), (-1, 5), (0, 8)),  # padding left and in between, ids in any order
         ids((-1, 140)),
-        ids((3, 130), (-1, 10)),
+        ids((3, 135), (-1, 5)),
     ]
 )
 
@@ -392,7 +392,7 @@ def test_seq_idx_padding_takes_no_part():
 
 
 def test_seq_idx_equals_cu_seqlens():
-    lengths = (5, 64, 1, 70)
+    lengths = (5, 123, 1, 11)
     inputs = sample(batch=1, seqlen=140, dim=18, slots=(4,))
     by_offset = ours(**inputs, cu_seqlens=cu(*lengths), return_last_state=True)
     inputs["initial_state"] = inputs["initial_state"][None]
@@ -407,6 +407,31 @@ def test_zero_step_leaves_the_state_bit_for_bit():
     _, last = ours(**inputs, return_last_state=True, delta_softplus=False)
     assert torch.equal(last, inputs["initial_state"])
     check(inputs, delta_softplus=False, return_last_state=True)
+
+
+def test_elementary_functions_are_accurate_to_the_last_places():
+    """softplus, exp and silu over their whole range, each brought out by itself."""
+    x = torch.linspace(-87, 87, 40001)[None, None]
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    A = torch.zeros(1, 1)
+    softplus = statescan.selective_scan(
+        one[..., :1].expand_as(x).transpose(1, 2), x.transpose(1, 2), A.expand(40001, 1),
+        one[..., :1], one[..., :1], delta_softplus=True,
+    )  # fmt: skip
+    exp = statescan.selective_scan(
+        zero.transpose(1, 2), x.transpose(1, 2), A.expand(40001, 1) - 1, one[..., :1],
+        one[..., :1], initial_state=torch.ones(1, 40001, 1),
+    )  # fmt: skip
+    silu = statescan.selective_scan(one, zero, A, zero, zero, torch.ones(1), x)
+    x = x.double().flatten()
+    for name, got, want, ulps in (
+        ("softplus", softplus, torch.where(x > 20, x, torch.log1p(torch.exp(x))), 3),
+        # x is multiplied by log2(e) in one rounding: half a unit of x in the exponent.
+        ("exp", exp, torch.exp(-x), 3 + x.abs()),
+        ("silu", silu, x * torch.sigmoid(x), 4),
+    ):
+        error = (got.double().flatten() - want).abs() / want.abs().clamp_min(1.2e-38)
+        assert (error / 2**-24 / 2 <= ulps).all(), (name, (error / 2**-23).max())
 
 
 @pytest.mark.parametrize("decay", [1e-5, 1e3], ids=["weak", "strong"])
@@ -601,13 +626,19 @@ def test_same_bits_on_one_and_two_threads(state):
 
 
 def test_memory_between_forward_and_backward_is_what_the_docstring_says():
-    inputs = sample(batch=1, dim=64, seqlen=640, state=16)
-    y = ours(**inputs)
-    saved = y.grad_fn.saved_tensors if hasattr(y.grad_fn, "saved_tensors") else None
-    fwd = torch.ops.statescan.selective_scan_fwd
-    chunk_states = fwd(*arguments(inputs))[3]
-    assert chunk_states.numel() * 4 == inputs["u"].numel()  # 1 byte for each element at state 16
-    assert saved is None or len(saved) <= 12
+    for state, bytes_per_element in ((16, 0.5), (1, 4 / 512)):
+        inputs = sample(batch=1, dim=64, seqlen=1024, state=state)
+        saved = []
+
+        def keep(x, saved=saved):
+            saved.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            ours(**inputs)
+        given = {x.data_ptr() for x in inputs.values()}
+        extra = sum(x.nbytes for x in saved if x is not None and x.data_ptr() not in given)
+        assert extra == bytes_per_element * inputs["u"].numel()
 
 
 ERRORS = {
@@ -723,4 +754,5 @@ def test_fuzz(data):
     for name in ("u", "delta", "z"):
         if inputs[name] is not None and draw(st.booleans(), f"channel-last {name}"):
             inputs[name] = channel_last(inputs[name]).requires_grad_()
-    check(inputs, **options)
+    # With a handful of numbers the largest may itself be a small difference of large terms.
+    check(inputs, **options, slack=30)

@@ -174,18 +174,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan_fwd(
   return {y, last_state, states, chunk_states};
 }
 
-// out[i] = sum over parts of partial[part, i], with `out` of these sizes.
-void add_up(const Tensor& partial, int64_t parts, DType compute, const int64_t (&size)[4],
-            const View<4>& out) {
+// out = the partial sums added up, with `out` of these sizes.
+void add_up(const Tensor& partial, DType compute, const int64_t (&size)[4], const View<4>& out) {
   SumParams p{};
   p.partial = partial.data_ptr();
-  p.parts = parts, p.count = size[0] * size[1] * size[2] * size[3];
-  p.compute = compute;
+  p.parts = partial.size(0);
   for (int i = 0; i < 4; ++i) p.size[i] = size[i];
+  p.compute = compute;
   p.out = out;
-  if (p.count == 0) return;
-  run_tasks([](const SumParams& q, const Range& r) { sum_partials(q, r); }, p, p.tasks(), 0,
-            1 + 16384 / (parts * size[3]));
+  run_tasks([](const SumParams& q, const Range& r) { sum_partials(q, r); }, p, p.tasks(),
+            p.scratch_bytes(), 1 + 256 / (1 + size[3]));
 }
 
 // A gradient that is summed over row groups: (dim) or (dim, state).
@@ -195,17 +193,14 @@ void add_up_rows(const Tensor& partial, const Tensor& out, const BwdParams& p) {
   v.data = out.data_ptr();
   v.dtype = float_dtype("gradient", out);
   v.stride[2] = out.stride(0), v.stride[3] = out.dim() == 2 ? out.stride(1) : 0;
-  add_up(partial, partial.size(0), p.compute, {1, 1, p.dim, state}, v);
+  add_up(partial, p.compute, {1, 1, p.dim, state}, v);
 }
 
 // dB or dC that varies in time: the partial sums are (batch, group, seqlen, state).
 void add_up_tasks(const Tensor& partial, const Tensor& out, const BwdParams& p) {
   View<4> v = projection_view("gradient", out);  // (batch, group, state, seqlen)
-  if (p.state == 1) {                            // one long row instead of many short ones
-    return add_up(partial, partial.size(0), p.compute, {p.batch, p.groups, 1, p.seqlen}, v);
-  }
   std::swap(v.stride[2], v.stride[3]);
-  add_up(partial, partial.size(0), p.compute, {p.batch, p.groups, p.seqlen, p.state}, v);
+  add_up(partial, p.compute, {p.batch, p.groups, p.seqlen, p.state}, v);
 }
 
 using BwdResult =

@@ -301,8 +301,9 @@ class Backward {
     for (int i = 0; i < steps * kLanes<R>; i += kLanes<R>) {
       Vec<R> delta = load(delta_ + i) + bias;
       if (p_.delta_softplus) {
-        store(slope_ + i, softplus_slope(delta));
-        delta = softplus(delta);
+        Vec<R> slope;
+        delta = softplus(delta, slope);
+        store(slope_ + i, slope);
       }
       const Vec<R> u = load(u_ + i);
       store(delta_ + i, delta);
@@ -417,27 +418,27 @@ void run_tasks(const BwdParams& p, const Range& range) {
 }
 
 template <class R>
-void sum_rows(const SumParams& p, const Range& range) {
-  constexpr int64_t kTile = 256;
-  R sums[kTile];
-  for (int64_t row = range.begin; row < range.end; ++row) {
-    const int64_t i2 = row % p.size[2], i1 = row / p.size[2] % p.size[1];
-    const int64_t i0 = row / p.size[2] / p.size[1];
-    const int64_t out = i0 * p.out.stride[0] + i1 * p.out.stride[1] + i2 * p.out.stride[2];
-    for (int64_t begin = 0; begin < p.size[3]; begin += kTile) {
-      const int64_t left = p.size[3] - begin, count = left < kTile ? left : kTile;
-      const R* from = static_cast<const R*>(p.partial) + row * p.size[3] + begin;
-      for (int64_t i = 0; i < count; ++i) sums[i] = from[i];
-      for (int64_t part = 1; part < p.parts; ++part) {
-        from += p.count;
-        for (int64_t i = 0; i < count; ++i) sums[i] += from[i];
+void sum_tiles(const SumParams& p, const Range& range) {
+  R* tile = static_cast<R*>(range.scratch);
+  const int rows = int(p.size[3]), pitch = tile_pitch<R>(rows);
+  const int64_t part_size = p.size[0] * p.size[1] * p.size[2] * p.size[3];
+  for (int64_t task = range.begin; task < range.end; ++task) {
+    const int64_t begin = task % p.tiles() * SumParams::kSteps, ij = task / p.tiles();
+    const int64_t left = p.size[2] - begin;
+    const int steps = int(left < SumParams::kSteps ? left : SumParams::kSteps);
+    const R* from = static_cast<const R*>(p.partial) + (ij * p.size[2] + begin) * rows;
+    for (int64_t part = 0; part < p.parts; ++part, from += part_size) {
+      for (int t = 0; t < steps; ++t) {
+        for (int n = 0; n < rows; ++n) {
+          R& sum = tile[t * pitch + n];
+          sum = part == 0 ? from[t * rows + n] : sum + from[t * rows + n];
+        }
       }
-      with_type(p.out.dtype, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
-        T* to = static_cast<T*>(p.out.data) + out + begin * p.out.stride[3];
-        for (int64_t i = 0; i < count; ++i) store_one<R>(to + i * p.out.stride[3], sums[i]);
-      });
     }
+    const int64_t i = ij / p.size[1], j = ij % p.size[1];
+    const Plane out{p.out.data, p.out.dtype, p.out.stride[3], p.out.stride[2]};
+    store_tile(out.at(0, begin).shifted(i * p.out.stride[0] + j * p.out.stride[1]), rows, steps,
+               tile, pitch);
   }
 }
 
@@ -449,8 +450,8 @@ void bwd(const BwdParams& p, const Range& range) {
 }
 
 void sum_partials(const SumParams& p, const Range& range) {
-  if (p.compute == DType::kFloat64) return sum_rows<double>(p, range);
-  sum_rows<float>(p, range);
+  if (p.compute == DType::kFloat64) return sum_tiles<double>(p, range);
+  sum_tiles<float>(p, range);
 }
 
 }  // namespace STATESCAN_ISA

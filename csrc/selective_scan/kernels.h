@@ -78,17 +78,19 @@ struct BwdParams : Problem {
   int64_t scratch_bytes() const;
 };
 
-// out[i] = sum over p of partial[p, i], p in order: element i of `count` lies at
-// partial + p * count + i, in the compute type.
+// out[i, j, t, n] = sum over parts of partial[part, i, j, t, n], in the order of the parts; partial is
+// contiguous and in the compute type.
 struct SumParams {
   const void* partial;
-  int64_t parts, count;
-  DType compute;
-  // i = (i0, i1, i2, i3) in row-major order of `size`, stored at these strides.
+  int64_t parts;
   int64_t size[4];
+  DType compute;
   View<4> out;
 
-  int64_t tasks() const { return size[0] * size[1] * size[2]; }
+  static constexpr int64_t kSteps = 64;  // of t, in one task
+  STATESCAN_HOST_DEVICE int64_t tiles() const { return (size[2] + kSteps - 1) / kSteps; }
+  int64_t tasks() const { return size[3] == 0 ? 0 : size[0] * size[1] * tiles(); }
+  int64_t scratch_bytes() const;
 };
 
 STATESCAN_CPU_KERNEL(fwd, FwdParams)
