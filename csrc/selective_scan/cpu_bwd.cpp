@@ -153,7 +153,7 @@ class Backward {
     const int64_t table = (p.task_channels() + kLanes<R>) * p.state;
     pitch_ = tile_pitch<R>(int(p.state));
     for (R** tile : {&B_, &C_, &dB_, &dC_}) *tile = scratch.take<R>(p.chunk * pitch_);
-    for (R** tile : {&u_, &delta_, &delta_u_, &slope_, &dy_, &dout_, &z_, &y_, &d_delta_,
+    for (R** tile : {&u_, &delta_, &delta_u_, &slope_, &dy_, &z_, &y_, &d_delta_,
                      &d_delta_u_}) {
       *tile = scratch.take<R>(lanes);
     }
@@ -266,6 +266,11 @@ class Backward {
         for (R* tile : {u_, delta_, z_}) clear(tile, steps * kLanes<R>);
       } else {
         prepare(b, piece, channel, rows);
+        for (const View<3>* x : {&p_.u, &p_.delta, &p_.dy, &p_.z}) {
+          if (*x && (x != &p_.delta || p_.delta_repeat == 1)) {
+            prefetch_next<R>(p_, *x, c_, b, piece, channel, p_.reverse ? 1 : -1);
+          }
+        }
         load_h0(segment, piece, channel, rows);
         scan(b, piece, channel, rows, offset);
         combine(piece, channel, rows);
@@ -291,9 +296,9 @@ class Backward {
     load_tile(plane(p_.delta, b, 0, piece.begin), rows, steps, delta_, kLanes<R>, p_.delta_repeat,
               channel);
     if (p_.dy) {
-      load_tile(plane(p_.dy, b, channel, piece.begin), rows, steps, dout_, kLanes<R>);
+      load_tile(plane(p_.dy, b, channel, piece.begin), rows, steps, dy_, kLanes<R>);
     } else {
-      clear(dout_, steps * kLanes<R>);
+      clear(dy_, steps * kLanes<R>);
     }
     if (p_.z) load_tile(plane(p_.z, b, channel, piece.begin), rows, steps, z_, kLanes<R>);
     const Vec<R> D = load_parameter<R>(p_.D, channel, rows, 0);
@@ -309,8 +314,11 @@ class Backward {
       store(delta_ + i, delta);
       store(delta_u_ + i, delta * u);
       store(y_ + i, D * u);
-      const Vec<R> dout = load(dout_ + i);
-      store(dy_ + i, p_.z ? dout * silu(load(z_ + i)) : dout);
+      if (p_.z) {  // z becomes dout silu'(z), which times y is its gradient
+        const Vec<R> z = load(z_ + i), dout = load(dy_ + i), gate = sigmoid(z);
+        store(dy_ + i, dout * z * gate);
+        store(z_ + i, dout * silu_slope(z, gate));
+      }
       store(d_delta_ + i, Vec<R>{});
       store(d_delta_u_ + i, Vec<R>{});
     }
@@ -389,10 +397,7 @@ class Backward {
       store(delta_ + i, d_delta);
       dD += dy * u;
       dbias += d_delta;
-      if (p_.z) {
-        const Vec<R> z = load(z_ + i);
-        store(z_ + i, load(dout_ + i) * load(y_ + i) * silu_slope(z, sigmoid(z)));
-      }
+      if (p_.z) store(z_ + i, load(z_ + i) * load(y_ + i));
     }
     const int64_t at = channel - c_.begin;
     store(dD_ + at, load(dD_ + at) + dD);
@@ -404,7 +409,7 @@ class Backward {
   int64_t row_group_;
   int pitch_;
   R *B_, *C_, *dB_, *dC_;                                            // (step, pitch)
-  R *u_, *delta_, *delta_u_, *slope_, *dy_, *dout_, *z_, *y_;        // (step, lane)
+  R *u_, *delta_, *delta_u_, *slope_, *dy_, *z_, *y_;                // (step, lane)
   R *d_delta_, *d_delta_u_;                                          // (step, lane)
   R *A_, *A_log2e_, *dA_, *dh_;                                      // (block, state, lane)
   R *B_table_, *C_table_, *dB_table_, *dC_table_, *h0_, *dD_, *dbias_;

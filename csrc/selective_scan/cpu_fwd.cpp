@@ -134,7 +134,11 @@ class Forward {
         if (p_.states) zero_states(b, piece, channel, rows);
       } else {
         prepare(b, piece, channel, rows);
-        prefetch_next(b, piece, channel);
+        for (const View<3>* x : {&p_.u, &p_.delta, &p_.z}) {
+          if (*x && (x != &p_.delta || p_.delta_repeat == 1)) {
+            prefetch_next<R>(p_, *x, c_, b, piece, channel, p_.reverse ? -1 : 1);
+          }
+        }
         scan(b, piece, channel, rows, offset);
         if (p_.z) gate(b, piece, channel, rows);
       }
@@ -148,23 +152,6 @@ class Forward {
     for (int64_t n = 0; n < p_.state; ++n) {
       store_first(to + n * p_.dim + channel, load(h_ + offset + n * kLanes<R>), rows);
     }
-  }
-
-  // The operands of the block after this one: more channels, or the next piece of the sequence.
-  void prefetch_next(int64_t b, const Piece& piece, int64_t channel) {
-    int64_t time = piece.begin;
-    channel += kLanes<R>;
-    if (channel >= c_.end) {
-      channel = c_.begin;
-      time += p_.reverse ? -p_.chunk : p_.chunk;
-      if (time < 0 || time >= p_.seqlen) return;
-    }
-    const int64_t left = p_.seqlen - time, lanes = c_.end - channel;
-    const int steps = int(left < p_.chunk ? left : p_.chunk);
-    const int rows = lanes < kLanes<R> ? int(lanes) : kLanes<R>;
-    prefetch_tile(plane(p_.u, b, channel, time), rows, steps);
-    if (p_.delta_repeat == 1) prefetch_tile(plane(p_.delta, b, channel, time), rows, steps);
-    if (p_.z) prefetch_tile(plane(p_.z, b, channel, time), rows, steps);
   }
 
   // delta becomes the step size, u becomes delta u, y becomes D u.
