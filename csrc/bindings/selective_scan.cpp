@@ -6,6 +6,7 @@
 #include "bindings/device.h"
 #include "bindings/segments.h"
 #include "bindings/tensor.h"
+#include "common/sum_partials.h"
 #include "selective_scan/kernels.h"
 
 namespace statescan::bindings {
@@ -176,14 +177,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan_fwd(
 
 // out = the partial sums added up, with `out` of these sizes.
 void add_up(const Tensor& partial, DType compute, const int64_t (&size)[4], const View<4>& out) {
-  SumParams p{};
+  partials::SumParams p{};
   p.partial = partial.data_ptr();
   p.parts = partial.size(0);
+  p.count = size[0] * size[1] * size[2] * size[3];
   for (int i = 0; i < 4; ++i) p.size[i] = size[i];
   p.compute = compute;
   p.out = out;
-  run_tasks([](const SumParams& q, const Range& r) { sum_partials(q, r); }, p, p.tasks(),
-            p.scratch_bytes(), 1 + 256 / (1 + size[3]));
+  run_tasks([](const partials::SumParams& q, const Range& r) { partials::sum(q, r); }, p, p.tasks(),
+            0, 1 + 256 / (1 + size[3]));
 }
 
 // A gradient that is summed over row groups: (dim) or (dim, state).

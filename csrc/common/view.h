@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace statescan {
 
 enum class DType : int8_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
@@ -36,5 +38,11 @@ struct Plane {
     return shifted(row * row_stride + time * time_stride);
   }
 };
+
+// The rows of x at batch element `batch` (or of the states at slot `batch`), from `row` and `time` on.
+STATESCAN_HOST_DEVICE Plane plane(const View<3>& x, int64_t batch, int64_t row, int64_t time) {
+  return Plane{x.data, x.dtype, x.stride[1], x.stride[2]}.at(row, time).shifted(batch *
+                                                                                x.stride[0]);
+}
 
 }  // namespace statescan

@@ -234,7 +234,7 @@ class Backward {
     for_blocks([&](int64_t channel, int rows, int64_t offset) {
       clear(dh_ + offset, p_.state * kLanes<R>);
       if (segment.last_slot >= 0 && p_.dlast_state) {
-        load_tile(state_plane(p_.dlast_state, segment.last_slot, channel), rows, int(p_.state),
+        load_tile(plane(p_.dlast_state, segment.last_slot, channel, 0), rows, int(p_.state),
                   dh_ + offset, kLanes<R>);
       }
     });
@@ -243,7 +243,7 @@ class Backward {
     }
     if (segment.initial_slot < 0 || !p_.dinitial_state) return;
     for_blocks([&](int64_t channel, int rows, int64_t offset) {
-      store_tile(state_plane(p_.dinitial_state, segment.initial_slot, channel), rows,
+      store_tile(plane(p_.dinitial_state, segment.initial_slot, channel, 0), rows,
                  int(p_.state), dh_ + offset, kLanes<R>);
     });
   }
@@ -333,7 +333,7 @@ class Backward {
         store(h0_ + n * kLanes<R>, load_first(from + n * p_.dim + channel, rows));
       }
     } else if (segment.initial_slot >= 0 && p_.initial_state) {  // the first piece of its segment
-      load_tile(state_plane(p_.initial_state, segment.initial_slot, channel), rows, int(p_.state),
+      load_tile(plane(p_.initial_state, segment.initial_slot, channel, 0), rows, int(p_.state),
                 h0_, kLanes<R>);
     }
   }
@@ -422,41 +422,11 @@ void run_tasks(const BwdParams& p, const Range& range) {
   for (int64_t task = range.begin; task < range.end; ++task) backward.run(task);
 }
 
-template <class R>
-void sum_tiles(const SumParams& p, const Range& range) {
-  R* tile = static_cast<R*>(range.scratch);
-  const int rows = int(p.size[3]), pitch = tile_pitch<R>(rows);
-  const int64_t part_size = p.size[0] * p.size[1] * p.size[2] * p.size[3];
-  for (int64_t task = range.begin; task < range.end; ++task) {
-    const int64_t begin = task % p.tiles() * SumParams::kSteps, ij = task / p.tiles();
-    const int64_t left = p.size[2] - begin;
-    const int steps = int(left < SumParams::kSteps ? left : SumParams::kSteps);
-    const R* from = static_cast<const R*>(p.partial) + (ij * p.size[2] + begin) * rows;
-    for (int64_t part = 0; part < p.parts; ++part, from += part_size) {
-      for (int t = 0; t < steps; ++t) {
-        for (int n = 0; n < rows; ++n) {
-          R& sum = tile[t * pitch + n];
-          sum = part == 0 ? from[t * rows + n] : sum + from[t * rows + n];
-        }
-      }
-    }
-    const int64_t i = ij / p.size[1], j = ij % p.size[1];
-    const Plane out{p.out.data, p.out.dtype, p.out.stride[3], p.out.stride[2]};
-    store_tile(out.at(0, begin).shifted(i * p.out.stride[0] + j * p.out.stride[1]), rows, steps,
-               tile, pitch);
-  }
-}
-
 }  // namespace
 
 void bwd(const BwdParams& p, const Range& range) {
   if (p.compute == DType::kFloat64) return run_tasks<double>(p, range);
   run_tasks<float>(p, range);
-}
-
-void sum_partials(const SumParams& p, const Range& range) {
-  if (p.compute == DType::kFloat64) return sum_tiles<double>(p, range);
-  sum_tiles<float>(p, range);
 }
 
 }  // namespace STATESCAN_ISA

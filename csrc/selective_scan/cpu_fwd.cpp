@@ -103,7 +103,7 @@ class Forward {
     for_blocks([&](int64_t channel, int rows, int64_t offset) {
       for (int64_t i = 0; i < p_.state * kLanes<R>; ++i) h_[offset + i] = 0;
       if (segment.initial_slot >= 0 && p_.initial_state) {
-        load_tile(state_plane(p_.initial_state, segment.initial_slot, channel), rows,
+        load_tile(plane(p_.initial_state, segment.initial_slot, channel, 0), rows,
                   int(p_.state), h_ + offset, kLanes<R>);
       }
     });
@@ -111,7 +111,7 @@ class Forward {
     for (int64_t i = 0; i < pieces; ++i) run_piece(segment, piece_at(p_, segment, i));
     if (segment.last_slot < 0 || !p_.last_state) return;
     for_blocks([&](int64_t channel, int rows, int64_t offset) {
-      store_tile(state_plane(p_.last_state, segment.last_slot, channel), rows, int(p_.state),
+      store_tile(plane(p_.last_state, segment.last_slot, channel, 0), rows, int(p_.state),
                  h_ + offset, kLanes<R>);
     });
   }

@@ -6,6 +6,7 @@
 // tiles (common/tile.h), which stay in the first-level cache.
 #pragma once
 
+#include "common/scratch.h"
 #include "common/tile.h"
 #include "common/vector_math.h"
 #include "selective_scan/equations.h"
@@ -15,22 +16,6 @@ namespace statescan::selective_scan {
 namespace STATESCAN_ISA {
 
 inline constexpr double kLog2e = 1.4426950408889634;
-
-// Hands out parts of a task's scratch memory, each aligned to a cache line.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
-
-  template <class R>
-  STATESCAN_INLINE R* take(int64_t count) {
-    R* part = reinterpret_cast<R*>(next_);
-    next_ += (count * int64_t(sizeof(R)) + 63) / 64 * 64;
-    return part;
-  }
-
- private:
-  char* next_;
-};
 
 // The channels of one task.
 struct Channels {
@@ -69,11 +54,6 @@ STATESCAN_INLINE Piece piece_at(const Problem& p, const Segment& s, int64_t i) {
               chunk_end < s.end ? chunk_end : s.end, chunk, false};
   piece.entry = p.reverse ? piece.end == chunk_end : piece.begin == chunk_begin;
   return piece;
-}
-
-STATESCAN_INLINE Plane plane(const View<3>& x, int64_t batch, int64_t row, int64_t time) {
-  return Plane{x.data, x.dtype, x.stride[1], x.stride[2]}.at(row, time).shifted(batch *
-                                                                                x.stride[0]);
 }
 
 // The rows n of B or C at one batch element and group, from `time` on.
@@ -118,11 +98,6 @@ STATESCAN_INLINE void load_table(const View<4>& x, int64_t channel, int rows, in
   const Plane from = Plane{x.data, x.dtype, x.stride[1], x.stride[2]}.at(channel, 0);
   load_tile(from, rows, int(state), table, kLanes<R>);
   for (int64_t i = 0; i < state * kLanes<R>; ++i) table[i] *= scale;
-}
-
-// Entry `slot` of a tensor of states, as a table that the above can load or store_tile can fill.
-STATESCAN_INLINE Plane state_plane(const View<3>& x, int64_t slot, int64_t channel) {
-  return Plane{x.data, x.dtype, x.stride[1], x.stride[2]}.shifted(slot * x.stride[0]).at(channel, 0);
 }
 
 // Calls f(block size tag, n) for n = 0 .. state, in blocks of 16, then 8, 4, 2, 1.

@@ -29,8 +29,4 @@ int64_t BwdParams::scratch_bytes() const {
   return scalars * scalar_bytes(compute) + 40 * 64;
 }
 
-int64_t SumParams::scratch_bytes() const {
-  return kSteps * pitch(size[3]) * scalar_bytes(compute);
-}
-
 }  // namespace statescan::selective_scan

@@ -63,7 +63,7 @@ struct BwdParams : Problem {
   View<3> du, dz;          // (batch, dim, seqlen)
   View<3> ddelta;          // (batch, dim, seqlen), not yet summed over delta_repeat
   View<3> dinitial_state;  // (slot, dim, state), or absent
-  // Partial sums, in the compute type, for finish_bwd to add up in order.
+  // Partial sums, in the compute type, for common/sum_partials.h to add up in order.
   void* dA;           // (row group, dim, state)
   void* dB;           // (task of the group, batch, group, seqlen, state); constant: like dA
   void* dC;
@@ -78,23 +78,7 @@ struct BwdParams : Problem {
   int64_t scratch_bytes() const;
 };
 
-// out[i, j, t, n] = sum over parts of partial[part, i, j, t, n], in the order of the parts; partial is
-// contiguous and in the compute type.
-struct SumParams {
-  const void* partial;
-  int64_t parts;
-  int64_t size[4];
-  DType compute;
-  View<4> out;
-
-  static constexpr int64_t kSteps = 64;  // of t, in one task
-  STATESCAN_HOST_DEVICE int64_t tiles() const { return (size[2] + kSteps - 1) / kSteps; }
-  int64_t tasks() const { return size[3] == 0 ? 0 : size[0] * size[1] * tiles(); }
-  int64_t scratch_bytes() const;
-};
-
 STATESCAN_CPU_KERNEL(fwd, FwdParams)
 STATESCAN_CPU_KERNEL(bwd, BwdParams)
-STATESCAN_CPU_KERNEL(sum_partials, SumParams)
 
 }  // namespace statescan::selective_scan
