@@ -16,4 +16,9 @@ STABLE_TORCH_LIBRARY(statescan, m) {
       "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, Tensor chunk_states, "
       "bool delta_softplus, bool reverse, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor, Tensor)");
+  // -> y, empty without compute_output
+  m.def(
+      "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
+      "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus, "
+      "float dt_min, float dt_max, bool compute_output, ScalarType? out_dtype) -> Tensor");
 }

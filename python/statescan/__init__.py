@@ -8,6 +8,7 @@ import torch  # noqa: F401  (loads the library that statescan._C links to)
 
 from statescan import _C, reference
 from statescan.ops.selective_scan import selective_scan
+from statescan.ops.selective_state_update import selective_state_update
 from statescan.version import __version__
 
-__all__ = ["_C", "__version__", "reference", "selective_scan"]
+__all__ = ["_C", "__version__", "reference", "selective_scan", "selective_state_update"]

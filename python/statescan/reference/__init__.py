@@ -5,5 +5,6 @@ float64 for an answer to test against.
 """
 
 from statescan.reference.selective_scan import selective_scan
+from statescan.reference.selective_state_update import selective_state_update
 
-__all__ = ["selective_scan"]
+__all__ = ["selective_scan", "selective_state_update"]
