@@ -38,7 +38,7 @@ struct Rows {
 template <class R, class T>
 STATESCAN_INLINE Vec<R> load_part(const T* p, int count) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<R, float>) {
     return (Vec<R>)_mm512_maskz_loadu_ps((1u << count) - 1, p);
   }
 #endif
@@ -53,7 +53,7 @@ STATESCAN_INLINE Vec<R> load_part(const T* p, int count) {
 template <class R, class T>
 STATESCAN_INLINE void store_part(T* p, Vec<R> v, int count) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<R, float>) {
     return _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)v);
   }
 #endif
@@ -72,7 +72,7 @@ STATESCAN_INLINE void update_group(const Rows<R, T>& s, int row, Vec<R>* sums) {
   T* h[kRows];
   const R* A[kRows];
   Vec<R> step[kRows], dt_x[kRows], sum[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
     h[i] = s.h + (row + i) * s.h_pitch;
     A[i] = s.A + (row + i) * s.A_pitch;
@@ -84,7 +84,7 @@ STATESCAN_INLINE void update_group(const Rows<R, T>& s, int row, Vec<R>* sums) {
   const int state = s.state;
   auto update = [&](int n, auto load_h, auto load_A, auto store_h) {
     const Vec<R> B_n = load(B + n), C_n = kOutput ? load(C + n) : B_n;
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const Vec<R> a = kRowDecay ? step[i] : decay(step[i], load_A(A[i] + n));
       const Vec<R> next = next_state(a, load_h(h[i] + n), dt_x[i], B_n);
@@ -104,7 +104,7 @@ STATESCAN_INLINE void update_group(const Rows<R, T>& s, int row, Vec<R>* sums) {
         [=](const R* p) { return load_part<R>(p, left); },
         [=](T* p, Vec<R> v) { store_part<R>(p, v, left); });
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) sums[i] = sum[i];
 }
 
@@ -122,6 +122,57 @@ void update_rows(const Rows<R, T> s) {
     for (; i < kLanes<R>; ++i) sums[i] = Vec<R>{};
     if constexpr (kOutput) store(s.y + begin, sum_lanes<R>(sums));
   }
+}
+
+// Numbers along one dimension of a tensor.
+struct Line {
+  void* data;
+  DType dtype;
+  int64_t stride;
+};
+
+template <int kRank>
+STATESCAN_INLINE Line line(const View<kRank>& x, int64_t offset, int64_t stride) {
+  return {static_cast<char*>(x.data) + offset * element_bytes(x.dtype), x.dtype, stride};
+}
+
+// to[i] = x[i], i < count, and zeros up to a whole vector. Not load_tile: for a line as short as
+// these its setting up would cost more than the loading.
+template <class R>
+STATESCAN_INLINE void load_line(const Line& x, int count, R* to) {
+  with_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = static_cast<const T*>(x.data);
+    for (int i = 0; i < count; i += kLanes<R>) {
+      const int left = count - i;
+      if (x.stride == 1 && left >= kLanes<R>) {
+        store(to + i, load_convert<R>(from + i));
+      } else if (x.stride == 1) {
+        store(to + i, load_part<R>(from + i, left));
+      } else if (x.stride == 0) {
+        store(to + i, splat(load_one<R>(from)));
+      } else {
+        Vec<R> v{};
+        for (int j = 0; j < kLanes<R> && j < left; ++j) {
+          v[j] = load_one<R>(from + (i + j) * x.stride);
+        }
+        store(to + i, v);
+      }
+    }
+  });
+}
+
+template <class R>
+STATESCAN_INLINE void store_line(const Line& x, int count, const R* from) {
+  with_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* to = static_cast<T*>(x.data);
+    int i = 0;
+    if (x.stride == 1) {
+      for (; i + kLanes<R> <= count; i += kLanes<R>) store_convert<R>(to + i, load(from + i));
+    }
+    for (; i < count; ++i) store_one<R>(to + i * x.stride, from[i]);
+  });
 }
 
 // Hands out parts of a task's scratch memory, each aligned to a cache line.
@@ -199,20 +250,17 @@ class Update {
     return Plane{x.data, x.dtype, x.stride[2], x.stride[1]}.shifted(head_ * x.stride[0] +
                                                                     row_ * x.stride[1]);
   }
-  // Numbers that belong to rows: a single row of a Plane.
-  Plane row_plane(const View<4>& x, int64_t t) const {
-    return Plane{x.data, x.dtype, 0, x.stride[3]}.shifted(
-        b_ * x.stride[0] + t * x.stride[1] + head_ * x.stride[2] + row_ * x.stride[3]);
+  // What belongs to the rows of this task.
+  Line of_rows(const View<4>& x, int64_t t) const {
+    return line(x,
+                b_ * x.stride[0] + t * x.stride[1] + head_ * x.stride[2] + row_ * x.stride[3],
+                x.stride[3]);
   }
-  Plane row_plane(const View<2>& x) const {
-    return Plane{x.data, x.dtype, 0, x.stride[1]}.shifted(head_ * x.stride[0] +
-                                                          row_ * x.stride[1]);
+  Line of_rows(const View<2>& x) const {
+    return line(x, head_ * x.stride[0] + row_ * x.stride[1], x.stride[1]);
   }
-
-  // The lanes past the last row are 0.
-  void load_rows(const Plane& x, R* to, int count) {
-    store(to + (count - 1) / kLanes<R> * kLanes<R>, Vec<R>{});
-    load_tile(x, 1, count, to, 1);
+  Line of_rows(const View<3>& A) const {  // the first of its state numbers
+    return line(A, head_ * A.stride[0] + row_ * A.stride[1], A.stride[1]);
   }
 
   // B and C of token t, unless the task before left them here.
@@ -226,23 +274,22 @@ class Update {
   }
 
   void load_projection(const View<4>& x, int64_t t, int64_t group, R* to) {
-    const Plane from = Plane{x.data, x.dtype, x.stride[3], 0}.shifted(
-        b_ * x.stride[0] + t * x.stride[1] + group * x.stride[2]);
-    load_tile(from, int(p_.state), 1, to, pitch_);
+    load_line(line(x, b_ * x.stride[0] + t * x.stride[1] + group * x.stride[2], x.stride[3]),
+              int(p_.state), to);
   }
 
   // Step sizes, decays and dt x of the rows.
   void prepare(int64_t t) {
-    load_rows(row_plane(p_.x, t), x_, rows_);
+    load_line(of_rows(p_.x, t), rows_, x_);
     // A tied step is computed once, for the rows of one vector, and then spread.
     const int steps = p_.step_is_tied() ? 1 : rows_;
-    load_rows(row_plane(p_.dt, t), dt_, steps);
-    if (p_.dt_bias) load_rows(row_plane(p_.dt_bias), step_, steps);
+    load_line(of_rows(p_.dt, t), steps, dt_);
+    if (p_.dt_bias) load_line(of_rows(p_.dt_bias), steps, step_);
     for (int i = 0; i < steps; i += kLanes<R>) {
       const Vec<R> bias = p_.dt_bias ? load(step_ + i) : Vec<R>{};
       store(dt_ + i, step_size(load(dt_ + i), bias, p_.dt_softplus, R(p_.dt_min), R(p_.dt_max)));
     }
-    if (row_decay_) load_rows(A_row_plane(), step_, p_.decay_is_tied() ? 1 : rows_);
+    if (row_decay_) load_line(of_rows(p_.A), p_.decay_is_tied() ? 1 : rows_, step_);
     Vec<R> dt = splat(dt_[0]), a{};
     if (p_.decay_is_tied()) a = decay(dt * R(kLog2e), splat(step_[0]));
     for (int i = 0; i < rows_; i += kLanes<R>) {
@@ -255,11 +302,6 @@ class Update {
       store(step_ + i, a);
       store(dt_x_ + i, dt * load(x_ + i));
     }
-  }
-
-  Plane A_row_plane() const {
-    Plane x = A_plane();
-    return {x.data, x.dtype, 0, x.time_stride};
   }
 
   void update_in_place(const Plane& h) {
@@ -291,24 +333,24 @@ class Update {
   // y = (<C, h> + D x) silu(z)
   void finish(int64_t t) {
     if (p_.D) {
-      load_rows(row_plane(p_.D), dt_, rows_);
+      load_line(of_rows(p_.D), rows_, dt_);
       for (int i = 0; i < rows_; i += kLanes<R>) {
         store(y_ + i, skip(load(y_ + i), load(dt_ + i), load(x_ + i)));
       }
     }
     if (p_.z) {
-      load_rows(row_plane(p_.z, t), dt_, rows_);
+      load_line(of_rows(p_.z, t), rows_, dt_);
       for (int i = 0; i < rows_; i += kLanes<R>) {
         store(y_ + i, gate(load(y_ + i), load(dt_ + i)));
       }
     }
-    store_tile(row_plane(p_.y, t), 1, rows_, y_, 1);
+    store_line(of_rows(p_.y, t), rows_, y_);
   }
 
   void zero_output() {
     if (!p_.compute_output) return;
     for (int i = 0; i < rows_; ++i) y_[i] = 0;
-    for (int64_t t = 0; t < p_.tokens; ++t) store_tile(row_plane(p_.y, t), 1, rows_, y_, 1);
+    for (int64_t t = 0; t < p_.tokens; ++t) store_line(of_rows(p_.y, t), rows_, y_);
   }
 
   const Params& p_;
