@@ -315,7 +315,8 @@ def test_heads_are_channels_if_A_says_so():
     flat |= {k: x[k].flatten(0, 1) for k in ("A", "D", "dt_bias")}
     y, h = ours(x)
     flat_y, flat_h = ours(flat | {"B": x["B"], "C": x["C"]})
-    assert torch.equal(flat_y, y.flatten(1, 2)) and torch.equal(flat_h, h.flatten(1, 2))
+    assert_close("y", flat_y, y.flatten(1, 2))
+    assert_close("state", flat_h, h.flatten(1, 2))
 
 
 # ---- Slots.
@@ -365,7 +366,7 @@ def test_without_output_the_state_is_the_same(form, tied):
     inputs = sample(form, tied=tied and form == "mamba2", tokens=3, state=19)
     y, h = ours(inputs, compute_output=False)
     assert y is None
-    assert torch.equal(h, ours(inputs)[1])
+    assert_close("state", h, ours(inputs)[1])  # not equal: the two may round a h + dt x B apart
     assert reference.selective_state_update(**inputs, compute_output=False) is None
 
 
@@ -373,7 +374,7 @@ def test_without_output_the_state_is_the_same(form, tied):
 
 
 def gappy(x):
-    """The same numbers at other strides: dimensions in another order, and a gap between elements."""
+    """The same numbers, with the dimensions in another order and a gap between elements."""
     wide = torch.full((*reversed(x.shape), 2), torch.nan, dtype=x.dtype)
     view = wide[..., 1].permute(*reversed(range(x.dim())))
     return view.copy_(x)

@@ -275,6 +275,13 @@ void check_device(const Operands& x) {
   if (x.dt_bias) check_cpu("dt_bias", *x.dt_bias);
 }
 
+// Tasks that a thread takes at once. Up to 64 K numbers (10 us) a second thread would cost what it
+// brings; beyond, 64 shares are even enough, and neighbours in a share reuse B and C.
+int64_t grain(const Params& p) {
+  const int64_t numbers = p.batch * p.tokens * p.heads * p.headdim * p.state;
+  return numbers <= 65536 ? p.tasks() : p.tasks() / 64 + 1;
+}
+
 Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor& dt,
                               const Tensor& A, const Tensor& B, const Tensor& C,
                               const OptionalTensor& D, const OptionalTensor& z,
@@ -305,11 +312,8 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
   Tensor y = compute_output ? empty(x, sizes_of(x), dtype) : empty(x, {0}, dtype);
   if (compute_output) p.y = tokenwise_view("out_dtype", y, f, p);
 
-  // Threads pay from about 64 K numbers on.
-  const int64_t numbers = p.task_rows() * p.state * p.tokens;
-  const int64_t grain = numbers == 0 ? 1 : std::max<int64_t>(1, 16384 / numbers);
   run_tasks([](const Params& q, const Range& r) { update(q, r); }, p, p.tasks(),
-            p.scratch_bytes(), grain);
+            p.scratch_bytes(), grain(p));
   return y;
 }
 

@@ -40,8 +40,8 @@ def selective_state_update(
     whatever the dtypes, which may differ from one argument to the next (in float64 if any of them
     is float64); a 16-bit state is rounded once, when the call ends. Any strides are read as they
     are, expanded tensors included. Where ``dt``, ``dt_bias`` and ``A`` are the same throughout a
-    head (given per head, or expanded), one exponential serves the head. A step with ``Δ = 0`` leaves the state bit for bit as it is.
-    Autocast does not change the operator.
+    head (given per head, or expanded), one exponential serves the head. A step with ``Δ = 0``
+    leaves the state bit for bit as it is. Autocast does not change the operator.
 
     Args:
         state: h, (slots, dim, state) or (slots, head, headdim, state), float32, float16 or
