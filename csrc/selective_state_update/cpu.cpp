@@ -8,6 +8,7 @@
 //
 // The sums of kLanes rows become one vector of y, a lane for each row, by sum_lanes. What belongs to
 // a row (dt, x, z, D, y) is computed with rows in the lanes.
+#include "common/scratch.h"
 #include "common/tile.h"
 #include "common/vector_math.h"
 #include "selective_state_update/equations.h"
@@ -178,22 +179,6 @@ STATESCAN_INLINE void store_line(const Line& x, int count, const R* from) {
     for (; i < count; ++i) store_one<R>(to + i * x.stride, from[i]);
   });
 }
-
-// Hands out parts of a task's scratch memory, each aligned to a cache line.
-class Scratch {
- public:
-  explicit Scratch(void* memory) : next_(static_cast<char*>(memory)) {}
-
-  template <class R>
-  STATESCAN_INLINE R* take(int64_t count) {
-    R* part = reinterpret_cast<R*>(next_);
-    next_ += (count * int64_t(sizeof(R)) + 63) / 64 * 64;
-    return part;
-  }
-
- private:
-  char* next_;
-};
 
 template <class R>
 class Update {
