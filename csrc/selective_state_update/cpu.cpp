@@ -6,8 +6,8 @@
 //   row p     h     | load, h <- a h + dt x B, store;  sum_p += h C
 //   row p + 1 h     |   four rows share a vector of B and one of C
 //
-// The sums of kLanes rows become one vector of y, a lane for each row, by sum_lanes. What belongs to
-// a row (dt, x, z, D, y) is computed with rows in the lanes.
+// The sums of kLanes rows become one vector of y, a lane for each row, by sum_lanes. What belongs
+// to a row (dt, x, z, D, y) is computed with rows in the lanes.
 #include "common/scratch.h"
 #include "common/tile.h"
 #include "common/vector_math.h"
@@ -66,8 +66,8 @@ STATESCAN_INLINE void store_part(T* p, Vec<R> v, int count) {
   }
 }
 
-// kRows neighbouring rows, a vector of each at a time. Everything the loop needs is taken out of `s`
-// first: the compiler must assume that storing h changes what it points to.
+// kRows neighbouring rows, a vector of each at a time. Everything the loop needs is taken out of
+// `s` first: the compiler must assume that storing h changes what it points to.
 template <bool kRowDecay, bool kOutput, int kRows, class R, class T>
 STATESCAN_INLINE void update_group(const Rows<R, T>& s, int row, Vec<R>* sums) {
   T* h[kRows];

@@ -8,8 +8,9 @@
 
 namespace statescan::selective_state_update {
 
-// One form for both models: a head is headdim rows of the state, `state` numbers each. Mamba-2 says
-// so itself; in Mamba-1 the channels that share a group's B and C are a head, and a channel is a row.
+// One form for both models: a head is headdim rows of the state, `state` numbers each. Mamba-2
+// says so itself; in Mamba-1 the channels that share a group's B and C are a head, and a channel is
+// a row.
 //
 // A task is one batch element and some rows of one head, all its tokens in order. No row looks at
 // another, so neither the cut into tasks nor the number of threads shows in the result.
