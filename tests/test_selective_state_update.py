@@ -473,10 +473,18 @@ def test_drawn(
     for name in strided:
         if inputs[name] is not None:
             inputs[name] = gappy(inputs[name])
-    y, h = ours(inputs, dt_softplus=softplus)
-    want_y, want_h = theirs(inputs, dt_softplus=softplus)
+    # Under negative steps the state grows past the largest half.
+    options = {"dt_softplus": softplus, "dt_limit": (0.0, float("inf"))}
+    y, h = ours(inputs, **options)
+    want_y, want_h = theirs(inputs, **options)
     assert_close("y", y, want_y, dtypes[0])
     assert_close("state", h, want_h, dtypes[1])
+
+
+def test_negative_steps_are_taken_as_they_are():
+    inputs = sample(dt_bias=False)
+    inputs["dt"] = -inputs["dt"].abs()
+    check(inputs, dt_softplus=False)
 
 
 # ---- Errors.

@@ -23,7 +23,7 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
     *,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
+    dt_limit: tuple[float, float] = (-math.inf, math.inf),
     compute_output: bool = True,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | None:
@@ -62,7 +62,7 @@ def selective_state_update(
         state_batch_indices: the slot of each batch element, (batch), int32 or int64, no slot
             twice. A negative one skips the element: its y is 0 and no state changes. Without it
             element b has slot b, and there are as many slots as elements.
-        dt_limit: least and greatest step; the default keeps out negative steps only.
+        dt_limit: least and greatest step; the default leaves steps as they are, like the scan.
         compute_output: False updates the state, leaves out the rest and returns None.
         out_dtype: dtype of y; that of ``x`` if None.
 

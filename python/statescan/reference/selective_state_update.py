@@ -20,7 +20,7 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
     *,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
+    dt_limit: tuple[float, float] = (-math.inf, math.inf),
     compute_output: bool = True,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | None:
