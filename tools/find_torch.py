@@ -5,6 +5,7 @@ is being installed into: pip's isolated builds hide it from `sys.path`, but `sys
 """
 
 import re
+import site
 import sys
 import sysconfig
 from pathlib import Path
@@ -12,11 +13,30 @@ from pathlib import Path
 MINIMUM = (2, 10)
 
 
+def hidden_site_packages():
+    """Where the environment being installed into imports from, isolated build or not."""
+    yield sysconfig.get_path("platlib")
+    yield sysconfig.get_path("purelib")
+    if sys.prefix == sys.base_prefix:
+        yield site.getusersitepackages()
+    elif sees_system_packages(Path(sys.prefix) / "pyvenv.cfg"):
+        base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
+        yield sysconfig.get_path("platlib", vars=base)
+        yield sysconfig.get_path("purelib", vars=base)
+
+
+def sees_system_packages(pyvenv_cfg):
+    pattern = r"(?im)^include-system-site-packages\s*=\s*true"
+    return pyvenv_cfg.is_file() and re.search(pattern, pyvenv_cfg.read_text()) is not None
+
+
 def candidates():
-    names = [sysconfig.get_path(key) for key in ("platlib", "purelib")]
-    for name in [*sys.path, *names]:
-        if name and (Path(name) / "torch" / "version.py").is_file():
-            yield Path(name) / "torch"
+    seen = set()
+    for name in [*sys.path, *hidden_site_packages()]:
+        torch_dir = Path(name or ".").resolve() / "torch"
+        if torch_dir not in seen and (torch_dir / "version.py").is_file():
+            seen.add(torch_dir)
+            yield torch_dir
 
 
 def version_of(torch_dir):
