@@ -1,69 +1,99 @@
 # make demo       install, train a small language model for a minute, generate, measure
 # make test       install, run every test under each instruction set of this machine
-# make bench      install, run the benchmarks        (BENCH="--op selective_scan" chooses)
+# make bench      install, run the benchmarks             (BENCH="..." for its options)
 # make dev        compile into the source tree, for working on it (see CONTRIBUTING.md)
 # make sanitize   run the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint       check formatting and common mistakes
 # make wheel      build dist/statescan-*.whl
 #
 # Works in the virtual environment that is active, or else makes one in .venv.
-# TORCH="torch==2.13.0" says which torch to install where there is none.
+# TORCH="torch==2.13.0" chooses what to install where there is no torch yet.
 
 SHELL  := /bin/bash
 PYTHON ?= python3
 TORCH  ?=
 BENCH  ?=
 DEMO   ?=
-PYTEST ?= -q -n auto --maxprocesses 8
+PYTEST ?= -n auto --maxprocesses 8
 
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 PY   := $(VENV)/bin/python
-PIP  := $(PY) -m pip --disable-pip-version-check install --quiet
+PIP  := $(PY) -m pip --disable-pip-version-check
+ISAS  = $$($(PY) -c 'import statescan; print(*statescan._C.supported_isas())')
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python tools -type f \
-             -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+             \( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \))
 
-.PHONY: demo test bench dev sanitize lint wheel clean
+.PHONY: demo test bench dev sanitize lint wheel
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.statescan
-	$(PY) examples/train_mamba_lm.py $(DEMO)
+	@$(PY) examples/train_mamba_lm.py $(DEMO)
 	@echo
-	$(PY) -m statescan.bench --quick
+	@$(PY) -m statescan.bench --quick
 
-# -P and a directory of its own keep the source tree out: what was installed is what is tested.
-test: $(VENV)/.statescan-test
-	@set -e; for isa in $$($(PY) -m statescan isas); do \
-	  echo "== the tests, with the kernels for $$isa"; \
+test: $(VENV)/.statescan $(VENV)/.statescan-tests
+	@set -e; for isa in $(ISAS); do \
+	  echo "== all tests, with the kernels for $$isa"; \
 	  STATESCAN_ISA=$$isa $(PY) -m pytest $(PYTEST) tests; \
 	done
 
 bench: $(VENV)/.statescan
-	$(PY) -m statescan.bench $(BENCH)
+	@$(PY) -m statescan.bench $(BENCH)
 
 wheel: $(VENV)/.torch
-	$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 	@ls -l dist/*.whl
+
+# ---- working on it
+
+CMAKE = PATH="$(VENV)/bin:$$PATH" cmake -G Ninja -Wno-dev -S . -DPython_EXECUTABLE=$(PY)
+
+dev: $(VENV)/.statescan-dev
+	@$(CMAKE) -B build/dev -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/python/statescan
+	@PATH="$(VENV)/bin:$$PATH" ninja -C build/dev
+	@echo "now: export PYTHONPATH=$(CURDIR)/python"
+
+# The Python process is not instrumented, so the sanitizers' libraries are loaded first; what torch
+# and Python leave allocated at exit is not looked at.
+SANITIZE = build/sanitize
+sanitize: $(VENV)/.statescan-dev
+	@$(CMAKE) -B $(SANITIZE) -DSTATESCAN_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release
+	@PATH="$(VENV)/bin:$$PATH" ninja -C $(SANITIZE)
+	@rm -rf $(SANITIZE)/package && mkdir $(SANITIZE)/package
+	@cp -r python/statescan $(SANITIZE)/package && rm -f $(SANITIZE)/package/statescan/*.so
+	@cp $(SANITIZE)/_C*.so $(SANITIZE)/package/statescan
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=$(SANITIZE)/package $(PY) -m pytest $(PYTEST) tests
+
+lint: $(VENV)/.statescan-dev
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 # ---- environments
 
-$(VENV)/bin/python:
+$(PY):
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.torch: $(VENV)/bin/python
+$(VENV)/.torch: $(PY)
 	@$(PY) tools/install_torch.py $(TORCH)
 	@touch $@
 
-# Installed from another tree: install again.
+# Last installed from another tree: install again.
 ifneq ($(shell cat $(VENV)/.statescan 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)/.statescan
 endif
 $(VENV)/.statescan: $(VENV)/.torch $(SOURCES)
-	@echo "compiling and installing statescan, a minute or two"
-	@$(PIP) --force-reinstall --no-deps .
-	@$(PIP) .
+	@echo "compiling and installing statescan, which takes a minute or two"
+	@$(PIP) install --quiet .
 	@echo $(CURDIR) > $@
 
-$(VENV)/.statescan-test: $(VENV)/.statescan
-	@$(PIP) '.[test]'
+$(VENV)/.statescan-tests: $(VENV)/.torch tests/requirements.txt
+	@$(PIP) install --quiet -r tests/requirements.txt
+	@touch $@
+
+$(VENV)/.statescan-dev: $(VENV)/.torch tests/requirements.txt requirements-dev.txt
+	@$(PIP) install --quiet -r requirements-dev.txt
 	@touch $@

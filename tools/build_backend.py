@@ -1,4 +1,4 @@
-"""scikit-build-core as a PEP 517 backend, with torch as a build requirement only where it is missing.
+"""scikit-build-core as a PEP 517 backend; torch is a build requirement only where it is missing.
 
 A static requirement would make every isolated build download a torch of its own beside the one in
 the environment that is installed into. Only headers are needed, and pip lets the build see where

@@ -1,7 +1,7 @@
 """Installs torch into this environment, unless it has one that is new enough.
 
-Without an NVIDIA GPU a CPU-only build does all that is needed and saves gigabytes: it is taken where
-pip is configured to see one, under the local version `+cpu`. Otherwise pip decides.
+Without an NVIDIA GPU a CPU-only build does all that is needed and saves gigabytes: it is taken
+where pip is configured to see one, under the local version `+cpu`. Otherwise pip decides.
 
     python install_torch.py [REQUIREMENT]      REQUIREMENT: as for pip, instead of choosing
 """
@@ -40,8 +40,8 @@ def choose():
         if version is not None:
             return f"torch=={version}+cpu"
         print(
-            "no CPU-only torch in sight, so pip may fetch a CUDA build of several gigabytes;\n"
-            "to avoid that, stop here and install a CPU build of torch by hand (pytorch.org says how)"
+            "no CPU-only torch in sight, so pip may fetch a CUDA build of several gigabytes; to\n"
+            "avoid that, stop here and install a CPU build first, as PyTorch's own page explains"
         )
     return f"torch>={MINIMUM}"
 

@@ -1,6 +1,6 @@
-"""The specification: every operator as naive mathematics in plain torch, differentiable by autograd.
+"""The specification: every operator as naive mathematics in plain torch.
 
-Slow on purpose. Computed in the dtype of the inputs after promotion to at least float32; pass
+Differentiable by autograd, and slow on purpose. Computed in the dtype of the inputs after promotion to at least float32; pass
 float64 for an answer to test against.
 """
 
