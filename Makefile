@@ -4,6 +4,7 @@
 # make dev        compile into the source tree, for working on it (see CONTRIBUTING.md)
 # make sanitize   run the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint       check formatting and common mistakes
+# make format     put Python and C++ into the one format
 # make wheel      build dist/statescan-*.whl
 #
 # Works in the virtual environment that is active, or else makes one in .venv.
@@ -24,7 +25,7 @@ ISAS  = $$($(PY) -c 'import statescan; print(*statescan._C.supported_isas())')
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python tools -type f \
              \( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \))
 
-.PHONY: demo test bench dev sanitize lint wheel
+.PHONY: demo test bench dev sanitize lint format wheel
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.statescan
@@ -67,10 +68,17 @@ sanitize: $(VENV)/.statescan-dev
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  PYTHONPATH=$(SANITIZE)/package $(PY) -m pytest $(PYTEST) tests
 
+CXX_FILES = $$(find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+
 lint: $(VENV)/.statescan-dev
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.statescan-dev
+	@$(VENV)/bin/ruff check --fix-only .
+	@$(VENV)/bin/ruff format .
+	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 # ---- environments
 

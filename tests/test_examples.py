@@ -1,11 +1,12 @@
-"""The example runs as a newcomer runs it, only for seconds."""
+"""The example runs as a newcomer runs it, only for seconds; so does the code of the README."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "train_mamba_lm.py"
+ROOT = Path(__file__).parents[1]
+EXAMPLE = ROOT / "examples" / "train_mamba_lm.py"
 SMALL = ["--minutes", "0.05", "--dim", "32", "--layers", "2", "--batch", "4", "--seqlen", "64"]
 
 
@@ -18,3 +19,17 @@ def test_language_model_learns_and_decodes_as_it_reads():
     difference = float(re.search(r"all at once: (\S+) of", done.stdout)[1])
     assert difference < 1e-4
     assert "\r" not in done.stdout  # no bar where there is no terminal
+
+
+def test_code_of_the_readme():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec("\n".join(blocks), names)
+    assert names["x"].grad.isfinite().all()
+    assert names["y_t"].isfinite().all()
+
+
+def test_links_of_the_documents_lead_somewhere():
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("third_party/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"

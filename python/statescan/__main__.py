@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     if command == "bench":
         from statescan.bench import __main__ as bench  # heavier than the rest of the package
 
-        return bench.main(rest)
+        bench.keep_freed_memory()
+        bench.main(rest)
+        return 0
     print(USAGE, file=sys.stdout if command in ("-h", "--help") else sys.stderr)
     return 0 if command in ("-h", "--help") else 2
 

@@ -1,7 +1,7 @@
 """The specification: every operator as naive mathematics in plain torch.
 
-Differentiable by autograd, and slow on purpose. Computed in the dtype of the inputs after promotion to at least float32; pass
-float64 for an answer to test against.
+Differentiable by autograd, and slow on purpose. Computed in the dtype of the inputs after promotion
+to at least float32; pass float64 for an answer to test against.
 """
 
 from statescan.reference.selective_scan import selective_scan
