@@ -54,7 +54,7 @@ def main(requirement=None):
     requirement = requirement or choose()
     print(f"installing {requirement}", flush=True)
     # numpy, because torch warns at every start without it
-    return pip("install", "--quiet", requirement, "numpy").returncode
+    return pip("install", requirement, "numpy").returncode
 
 
 if __name__ == "__main__":
