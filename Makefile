@@ -23,7 +23,7 @@ PIP  := $(PY) -m pip --disable-pip-version-check
 ISAS  = $$($(PY) -c 'import statescan; print(*statescan._C.supported_isas())')
 
 # Threads that wait for each other sleep instead of spinning: where anything else is running, a step
-# of the demo is ten times as fast, and on an idle machine as fast as it was. Not for benchmarks.
+# of the demo is five to fifteen times as fast. Not for benchmarks.
 demo test sanitize: export OMP_WAIT_POLICY ?= passive
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python tools -type f \

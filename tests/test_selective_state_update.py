@@ -171,7 +171,7 @@ def test_the_positional_order_is_that_of_mamba_ssm():
 def test_step_limits():
     check(sample(), dt_limit=(0.2, 0.7))
     check(sample(tied=True), dt_limit=(0.2, 0.7))
-    y, h = ours(sample(), dt_limit=(0.0, 0.0))  # no step at all
+    _, h = ours(sample(), dt_limit=(0.0, 0.0))  # no step at all
     assert torch.equal(h, sample()["state"])
     with pytest.raises(ValueError, match=r"dt_limit must be \(least, greatest\)"):
         ours(sample(), dt_limit=(1.0, 0.5))
