@@ -12,7 +12,7 @@ from statescan.bench import __main__ as command
 from statescan.bench import machine, memory, report
 from statescan.bench.ops import OPS
 from statescan.bench.ops import selective_scan as scan
-from statescan.bench.run import Settings, run_case
+from statescan.bench.run import Settings, assess, run_case
 from statescan.bench.suite import Case, Ceilings, Cost, Peer, evaluate, floor_seconds, shorten
 from statescan.bench.timing import Candidate, Progress, time_side_by_side
 
@@ -39,7 +39,9 @@ def settings(direction="fwd", dtype=torch.float32, layout="channel-first", **oth
 
 def run_tiny(op, direction="fwd", **others):
     quiet = Progress(1, io.StringIO())
-    return run_case(op, "tiny", TINY[op.name][0], settings(direction, **others), ROUND, quiet)
+    result = run_case(op, "tiny", TINY[op.name][0], settings(direction, **others), quiet)
+    assess(result, ROUND)
+    return result
 
 
 def entry_of(result, name):
@@ -56,6 +58,13 @@ def test_ceilings_are_plausible(ceilings):
     rates = [*ceilings.copy.values(), ceilings.exp_kernels, ceilings.exp_torch, ceilings.fma]
     assert all(1e6 < rate < 1e15 for rate in rates), rates
     assert ceilings.exp == max(ceilings.exp_kernels, ceilings.exp_torch)
+
+
+def test_better_ceilings():
+    worse = dataclasses.replace(ROUND, copy={1 << 20: 200e9, 512 << 20: 10e9}, exp=1e9, fma=None)
+    assert dataclasses.replace(ROUND, copy={1 << 20: 200e9, 512 << 20: 30e9}, fma=None) == (
+        worse.or_better(ROUND)
+    )
 
 
 def test_native_loops_count_their_work():
@@ -114,7 +123,8 @@ def test_every_op_and_peer_is_right_on_tiny_shapes(name, dtype):
             for layout in op.layouts:
                 uncompiled = [peer.name for peer in op.peers if not peer.compiled]
                 chosen = settings(direction, dtype, layout, names=tuple(uncompiled))
-                result = run_case(op, "tiny", case, chosen, ROUND, quiet)
+                result = run_case(op, "tiny", case, chosen, quiet)
+                assess(result, ROUND)
                 states = {entry["name"]: entry["status"] for entry in result["candidates"]}
                 assert set(states.values()) <= {"timed", "skipped"}, result["candidates"]
                 assert states["statescan"] == states["naive reference"] == "timed"
@@ -197,8 +207,8 @@ def test_naive_in_pieces_is_the_naive_reference():
     inputs = scan.make_inputs(case, torch.float64, CPU, "channel-last")
     for key, x in inputs.items():
         inputs[key] = x.double()
-    want = evaluate(OPS["selective_scan"], scan.naive, inputs, "fwd+bwd")
-    got = evaluate(OPS["selective_scan"], scan.naive_in_pieces, inputs, "fwd+bwd")
+    want, _ = evaluate(OPS["selective_scan"], scan.naive, inputs, "fwd+bwd")
+    got, _ = evaluate(OPS["selective_scan"], scan.naive_in_pieces, inputs, "fwd+bwd")
     for name in want:
         torch.testing.assert_close(got[name], want[name], msg=name)
 
@@ -226,11 +236,12 @@ def test_timing_is_interleaved():
 
 
 def test_too_slow_for_a_second_run():
-    candidate = Candidate("slow", lambda: None, 1)
-    candidate.sample = lambda count, device: 5.0
+    once, checked = (Candidate(name, lambda: None, 1) for name in ("once", "checked"))
+    once.sample = lambda count, device: 5.0
+    checked.samples.append(7.0)
     probe = machine.CopyProbe(CPU, 1 << 12)
-    time_side_by_side([candidate], CPU, 1.0, 6, probe, Progress(1, io.StringIO()))
-    assert candidate.samples == [5.0]
+    time_side_by_side([once, checked], CPU, 1.0, 6, probe, Progress(1, io.StringIO()))
+    assert (once.samples, checked.samples) == ([5.0], [7.0])
 
 
 def test_command_saves_json(tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 
 from statescan.bench import machine, memory, report
 from statescan.bench.ops import OPS
-from statescan.bench.run import Settings, run_case
+from statescan.bench.run import Settings, assess, run_case
 from statescan.bench.suite import Case, Op
 from statescan.bench.timing import Progress
 
@@ -117,8 +117,8 @@ def memory_lines(results: list[dict]) -> list[str]:
         f"peak memory, {x['op']} {x['direction']} {x['dtype']} "
         + " ".join(f"{key}{value}" for key, value in x["sizes"].items())
         + f": grew by {x['grown_bytes'] / 2**20:.0f} MiB, "
-        f"{x['grown_bytes'] / x['documented_bytes']:.2f} of the {x['documented_bytes'] / 2**20:.0f} "
-        "MiB documented"
+        f"{x['grown_bytes'] / x['documented_bytes']:.2f} of the "
+        f"{x['documented_bytes'] / 2**20:.0f} MiB documented"
         for x in results
     ]
 
@@ -135,17 +135,22 @@ def main(arguments: list[str] | None = None) -> dict:
     device = torch.device(options.device)
     about = machine.describe(device) | {"date": time.strftime("%Y-%m-%d")}
     ceilings = machine.measure_ceilings(device, 0.05 if options.quick else 0.3)
-    print("\n".join(report.machine_lines(about, ceilings)), end="\n\n", flush=True)
+    print(report.machine_line(about), report.ceilings_line(ceilings), "", sep="\n", flush=True)
 
     jobs, results = plan(options), []
     progress = Progress(len(jobs))
     for op, preset, case, settings in jobs:
         dtype = str(settings.dtype).removeprefix("torch.")
         progress.start(f"{op.name} {settings.direction} {dtype} {case.shape}")
-        results.append(run_case(op, preset, case, settings, ceilings, progress))
+        ceilings = ceilings.or_better(machine.measure_ceilings(device, 0.02))
+        results.append(run_case(op, preset, case, settings, progress))
+        assess(results[-1], ceilings)
         progress.finish_case()
         print("\n".join(report.case_lines(results[-1])), flush=True)
 
+    for result in results:  # once more, by the best ceilings of the whole run
+        assess(result, ceilings)
+    print(report.ceilings_line(ceilings))
     measured = memory_results(jobs) if options.memory else []
     print("\n".join([*report.sweep_lines(results), *memory_lines(measured)]))
     settings = {key: str(value) if isinstance(value, Path) else value
@@ -169,9 +174,8 @@ def keep_freed_memory() -> None:
     environment, before Python runs."""
     if "--default-allocator" in sys.argv or machine.keeps_memory() or not machine.has_glibc():
         return
-    print("starting again with " + " ".join(f"{k}={v}" for k, v in machine.ALLOCATOR.items())
-          + " (--default-allocator leaves the allocator alone)", file=sys.stderr)  # fmt: skip
-    sys.stderr.flush()
+    variables = " ".join(f"{key}={value}" for key, value in machine.ALLOCATOR.items())
+    print(f"starting again with {variables} (see --default-allocator)", file=sys.stderr, flush=True)
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | machine.ALLOCATOR)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import statistics
@@ -12,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import statescan
 from statescan import _C
 from statescan.bench.suite import Ceilings
 
-# A fresh page costs most of a microsecond, several times what a kernel needs to fill it. glibc hands
-# large freed blocks back to the system at once unless told otherwise, before it starts.
+# A fresh page costs most of a microsecond, several times what a kernel needs to fill it. glibc
+# hands large freed blocks back to the system at once, unless told otherwise before it starts.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
@@ -106,7 +108,9 @@ def measure_ceilings(device: torch.device, seconds: float = 0.2) -> Ceilings:
     return Ceilings(copy, max(exp_kernels, exp_torch), exp_kernels, exp_torch, fma)
 
 
-def _best_rate(run: Callable[[], float], seconds: float, device: torch.device | None = None) -> float:
+def _best_rate(
+    run: Callable[[], float], seconds: float, device: torch.device | None = None
+) -> float:
     """The highest rate of `run`, which returns how much it did; at least 20 runs of it, unless they
     take far longer than `seconds`."""
     device = device or torch.device("cpu")
@@ -123,8 +127,14 @@ def _best_rate(run: Callable[[], float], seconds: float, device: torch.device | 
             return best
 
 
-def _copy_rate(moved: int, device: torch.device, seconds: float) -> float:
+@functools.cache  # kept: fresh pages would cost more than the copies
+def _copy_arrays(moved: int, device: torch.device) -> tuple[Tensor, Tensor]:
     source, target = (torch.ones(moved // 8, device=device) for _ in range(2))
+    return source, target
+
+
+def _copy_rate(moved: int, device: torch.device, seconds: float) -> float:
+    source, target = _copy_arrays(moved, device)
     repeats = max(1, (4 << 20) // moved)
 
     def run() -> float:
@@ -153,7 +163,7 @@ class CopyProbe:
     """The same copy in every round of a run: if its time moves, so did the machine."""
 
     def __init__(self, device: torch.device, moved: int = 128 << 20):
-        self.source, self.target = (torch.ones(moved // 8, device=device) for _ in range(2))
+        self.source, self.target = _copy_arrays(moved, device)
         self.device = device
         self.samples: list[float] = []
 

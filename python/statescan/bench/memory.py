@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     inputs = op.make_inputs(case, dtype, torch.device("cpu"), "channel-first")
     small = op.make_inputs(shorten(case, 256), dtype, torch.device("cpu"), "channel-first")
     with torch.set_grad_enabled(direction != "fwd"):
-        for _ in range(2):  # code, threads and their scratch memory are there before the clock starts
+        for _ in range(2):  # code, threads and their scratch memory are there before the call
             bind(op.call, small, direction)()
         run = bind(op.call, inputs, direction)
         reset_peak()

@@ -13,27 +13,33 @@ from statescan.bench.suite import Ceilings
 def format_seconds(seconds: float) -> str:
     for unit, size in (("s", 1), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size or unit == "us":
-            return f"{seconds / size:.3g} {unit}" if seconds / size < 1000 else f"{seconds / size:.0f} {unit}"
-    raise AssertionError
+            break
+    amount = seconds / size
+    return f"{amount:.3g} {unit}" if amount < 1000 else f"{amount:.0f} {unit}"
 
 
 def format_rate(rate: float | None, unit: str) -> str:
     return "not measured" if rate is None else f"{rate / 1e9:.3g} G{unit}/s"
 
 
-def machine_lines(machine: dict, ceilings: Ceilings) -> list[str]:
+def machine_line(machine: dict) -> str:
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; "
+        f"torch {machine['torch']}, statescan {machine['statescan']} "
+        f"({machine['commit'] or 'no commit'}), allocator: {machine['allocator']}"
+    )
+
+
+def ceilings_line(ceilings: Ceilings) -> str:
     copy = ", ".join(
         f"{_size(size)} {format_rate(rate, 'B')}" for size, rate in sorted(ceilings.copy.items())
     )
-    return [
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}; "
-        f"torch {machine['torch']}, statescan {machine['statescan']} "
-        f"({machine['commit'] or 'no commit'}), allocator: {machine['allocator']}",
+    return (
         f"ceilings: copy (bytes read and written) {copy}; "
         f"exp {format_rate(ceilings.exp_kernels, 'exp')} by the kernels' exp2, "
         f"{format_rate(ceilings.exp_torch, 'exp')} by torch.exp; "
-        f"multiply-add {format_rate(ceilings.fma, 'fma')}",
-    ]
+        f"multiply-add {format_rate(ceilings.fma, 'fma')}"
+    )
 
 
 def _size(moved: int) -> str:
@@ -100,7 +106,7 @@ def _summary_lines(result: dict) -> list[str]:
         + "/".join(format_seconds(probe[key]) for key in ("min_s", "median_s", "max_s"))
     ]
     if probe["max_s"] > NOISY * probe["min_s"]:
-        lines.append("  the machine was busy with something else: rather read the column of the best")
+        lines.append("  the machine was busy with something else: the best times say more")
     if "shares" in result:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in result["shares"].items())
         lines.append(f"  {OURS} uses of the ceilings: {shares}" + _speed_up(result))
@@ -143,9 +149,7 @@ def sweep_lines(results: list[dict]) -> list[str]:
         if len(points) < 3:
             continue
         per_step = [seconds / length for length, seconds in points]
-        listed = ", ".join(
-            f"L={length}: {format_seconds(seconds)}" for length, seconds in points
-        )
+        listed = ", ".join(f"L={length}: {format_seconds(seconds)}" for length, seconds in points)
         lines.append(
             f"{' '.join(key)}: {listed}; time per step at the longest is "
             f"{per_step[-1] / per_step[0]:.2f} of that at the shortest"

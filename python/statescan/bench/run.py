@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 
 from statescan.bench import suite
 from statescan.bench.machine import CopyProbe, available_bytes
-from statescan.bench.suite import Case, Ceilings, Inputs, Op, Outputs, Peer
+from statescan.bench.suite import Case, Ceilings, Cost, Inputs, Op, Outputs, Peer
 from statescan.bench.timing import Candidate, Progress, time_side_by_side
 from statescan.testing import TOLERANCE, relative_error
 
@@ -58,16 +57,17 @@ class Check:
             case = case.with_sizes(L=case["L"] // 2)
         return suite.shorten(case, 1 << 15)
 
-    def error(self, call: Callable, case: Case, room: float) -> float:
-        """The largest relative error of any output or gradient. WrongResultError above the tolerance."""
+    def error(self, call: Callable, case: Case, room: float) -> tuple[float, float]:
+        """The largest relative error of any output or gradient, and the seconds of the call.
+        WrongResultError above the tolerance."""
         settings = self.settings
         if case.shape not in self.wanted:
             inputs = self.op.make_inputs(case, settings.dtype, settings.device, settings.layout)
             exact = {key: None if x is None else x.double() for key, x in inputs.items()}
-            want = suite.evaluate(self.op, self.op.reference, exact, settings.direction)
+            want, _ = suite.evaluate(self.op, self.op.reference, exact, settings.direction)
             self.wanted[case.shape] = inputs, want
         inputs, want = self.wanted[case.shape]
-        got = suite.evaluate(self.op, call, inputs, settings.direction)
+        got, seconds = suite.evaluate(self.op, call, inputs, settings.direction)
         worst, limit = 0.0, room * TOLERANCE[settings.dtype]
         for name in want:
             if got[name].shape != want[name].shape:
@@ -75,24 +75,21 @@ class Check:
                 raise WrongResultError(f"{name} has shape {shapes}")
             error = relative_error(got[name], want[name])
             if not error <= limit:  # NaN is wrong too
-                raise WrongResultError(f"{name} is off by {error:.1e} of its largest, over {limit:.0e}")
+                raise WrongResultError(
+                    f"{name} is off by {error:.1e} of its largest, more than {limit:.0e}"
+                )
             worst = max(worst, error)
-        return worst
+        return worst, seconds
 
 
-def run_case(
-    op: Op, preset: str, case: Case, settings: Settings, ceilings: Ceilings, progress: Progress
-) -> dict:
-    """The result as it is saved: see report.py for what is made of it."""
+def run_case(op: Op, preset: str, case: Case, settings: Settings, progress: Progress) -> dict:
+    """The result as it is saved, without what `assess` adds. report.py makes a table of it."""
     passes = op.passes(case, settings.dtype, settings.direction)
     result = {
         "op": op.name, "preset": preset, "case": case.name, "sizes": dict(case.sizes),
         "dtype": str(settings.dtype).removeprefix("torch."), "direction": settings.direction,
         "layout": settings.layout, "threads": torch.get_num_threads(),
         "passes": [vars(cost) for cost in passes], "steps": op.steps(case),
-        "floor_s": suite.floor_seconds(passes, ceilings),
-        "bound": "memory" if sum(c.memory_seconds(ceilings) for c in passes)
-        > sum(c.compute_seconds(ceilings) for c in passes) else "compute",
         "candidates": [],
     }  # fmt: skip
     needed = 3 * sum(cost.bytes for cost in passes)
@@ -112,11 +109,27 @@ def run_case(
     for entry in result["candidates"]:
         if entry["status"] == "timed" and ours["status"] == "timed":
             entry["ratio"] = entry["scaled_s"] / ours["scaled_s"]
-    if ours["status"] == "timed":
-        result["shares"] = suite.ceiling_shares(passes, ours["median_s"], ceilings)
-        result["floor_ratio"] = ours["median_s"] / result["floor_s"]
     result["probe"] = probe.summary()
     return result
+
+
+def assess(result: dict, ceilings: Ceilings) -> None:
+    """Adds the floor by these ceilings, and how our operator stands to it and to them."""
+    passes = [Cost(**cost) for cost in result["passes"]]
+    memory = sum(cost.memory_seconds(ceilings) for cost in passes)
+    compute = sum(cost.compute_seconds(ceilings) for cost in passes)
+    result["floor_s"] = suite.floor_seconds(passes, ceilings)
+    result["bound"] = "memory" if memory > compute else "compute"
+    if not result["candidates"] or result["candidates"][0]["status"] != "timed":
+        return
+    seconds = result["candidates"][0]["median_s"]
+    result["floor_ratio"] = seconds / result["floor_s"]
+    result["shares"] = {
+        "copy": memory / seconds,
+        "exp": sum(cost.exps for cost in passes) / seconds / ceilings.exp,
+    }
+    if ceilings.fma:
+        result["shares"]["fma"] = sum(cost.fmas for cost in passes) / seconds / ceilings.fma
 
 
 def _prepare(
@@ -129,7 +142,7 @@ def _prepare(
     ours = Peer(OURS, op.call)
     for peer in (ours, *filter(settings.wants, op.peers)):
         progress.show(f"checking {peer.name}")
-        timed_case = suite.shorten(case, peer.longest.get(settings.direction, case.sizes.get("L", 0)))
+        timed_case = suite.shorten(case, peer.longest.get(settings.direction))
         entry = {"name": peer.name, "what": peer.what, "threads": threads}
         entry["timed_sizes"] = dict(timed_case.sizes)
         entries.append(entry)
@@ -144,9 +157,8 @@ def _prepare(
             checked_case = check.case_for(timed_case)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                start = time.perf_counter()
-                entry["error"] = check.error(call, checked_case, 1 if peer is ours else PEER_ROOM)
-                entry["check_s"] = time.perf_counter() - start
+                room = 1 if peer is ours else PEER_ROOM
+                entry["error"], seconds = check.error(call, checked_case, room)
         except WrongResultError as wrong:
             entry.update(status="wrong", note=str(wrong))
             continue
@@ -163,6 +175,8 @@ def _prepare(
             )
         run = bind(call, inputs[timed_case.shape], settings.direction)
         candidates.append((entry, Candidate(peer.name, run, threads, grad)))
+        if seconds > settings.budget and not peer.compiled and checked_case == timed_case:
+            candidates[-1][1].samples.append(seconds)  # too slow to be run twice
         if peer is ours and threads > 1 and settings.device.type == "cpu":
             single = dict(entry, name=f"{OURS}, 1 thread", threads=1)
             entries.append(single)

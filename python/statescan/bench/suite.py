@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -57,19 +58,6 @@ def floor_seconds(passes: Sequence[Cost], ceilings: Ceilings) -> float:
     return sum(cost.floor(ceilings) for cost in passes)
 
 
-def ceiling_shares(
-    passes: Sequence[Cost], seconds: float, ceilings: Ceilings
-) -> dict[str, float]:
-    """How much of each ceiling a run of that time uses."""
-    shares = {
-        "copy": sum(cost.memory_seconds(ceilings) for cost in passes) / seconds,
-        "exp": sum(cost.exps for cost in passes) / seconds / ceilings.exp,
-    }
-    if ceilings.fma:
-        shares["fma"] = sum(cost.fmas for cost in passes) / seconds / ceilings.fma
-    return shares
-
-
 @dataclass(frozen=True)
 class Ceilings:
     """Rates of this machine, measured in the same run as everything they are compared with."""
@@ -79,6 +67,18 @@ class Ceilings:
     exp_kernels: float | None  # the kernels' exp2, in cache
     exp_torch: float  # torch.exp, in cache
     fma: float | None  # float32 multiply-adds per second, in registers
+
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The higher of each rate: a ceiling is what the machine does when left alone, and another
+        measurement may have been luckier."""
+        return Ceilings(
+            copy={size: max(rate, other.copy[size]) for size, rate in self.copy.items()},
+            **{
+                name: None if rate is None else max(rate, getattr(other, name))
+                for name, rate in vars(self).items()
+                if name != "copy"
+            },
+        )
 
     def copy_at(self, moved: int) -> float:
         """The copy rate for a working set of that many bytes: that of the next larger probe."""
@@ -123,9 +123,9 @@ class Op:
     memory: Callable[[Case, torch.dtype, str], int] | None = None
 
 
-def shorten(case: Case, seqlen: int) -> Case:
+def shorten(case: Case, seqlen: int | None) -> Case:
     """The same case with at most that many tokens."""
-    if "L" not in case.sizes or case["L"] <= seqlen:
+    if seqlen is None or "L" not in case.sizes or case["L"] <= seqlen:
         return case
     return case.with_sizes(L=seqlen)
 
@@ -135,19 +135,26 @@ def leaves(inputs: Inputs) -> dict[str, Tensor]:
     return {key: x for key, x in inputs.items() if x is not None and x.is_floating_point()}
 
 
-def evaluate(op: Op, call: Callable[[Inputs], Tensor], inputs: Inputs, direction: str) -> Outputs:
-    """Outputs, changed inputs and gradients of one call, by name. `inputs` stay as they are."""
+def evaluate(
+    op: Op, call: Callable[[Inputs], Tensor], inputs: Inputs, direction: str
+) -> tuple[Outputs, float]:
+    """Outputs, changed inputs and gradients of one call, by name, and how long it took. `inputs`
+    stay as they are."""
     inputs = {key: None if x is None else clone(x) for key, x in inputs.items()}
+    start = time.perf_counter()
     if direction == "fwd":
         with torch.no_grad():
             out = call(inputs)
-        return {"out": out} | {key: inputs[key] for key in op.in_place}
+        changed = {key: inputs[key] for key in op.in_place}
+        return {"out": out} | changed, time.perf_counter() - start
     wanted = leaves(inputs)
     for x in wanted.values():
         x.requires_grad_()
     out = call(inputs)
     grads = torch.autograd.grad(out, list(wanted.values()), weights_like(out))
-    return {"out": out.detach()} | dict(zip(("d" + key for key in wanted), grads, strict=True))
+    seconds = time.perf_counter() - start
+    named = dict(zip(("d" + key for key in wanted), grads, strict=True))
+    return {"out": out.detach()} | named, seconds
 
 
 def clone(x: Tensor) -> Tensor:

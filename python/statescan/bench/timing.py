@@ -72,10 +72,12 @@ def time_side_by_side(
     candidates: list[Candidate], device: torch.device, budget: float, rounds: int,
     probe: CopyProbe, progress: Progress,
 ) -> None:  # fmt: skip
-    """Fills in the samples: `rounds` of each candidate, fewer where `budget` seconds are too few
-    for that; the one estimate where they are too few for a second."""
+    """Fills in the samples of those that have none: `rounds` of each, fewer where `budget` seconds
+    are too few for that; the one estimate where they are too few for a second."""
     plans = []
     for candidate in candidates:
+        if candidate.samples:
+            continue
         progress.show(candidate.name)
         estimate = candidate.sample(0, device)
         if estimate > budget / 2:
