@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -124,7 +125,7 @@ def memory_lines(results: list[dict]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    """Runs what the arguments ask for, prints it, and returns what --json would save."""
+    """Runs what the arguments ask for, prints it, and returns what --json saves."""
     options = parse(arguments)
     if options.list:
         print("\n".join(list_lines()))
@@ -137,36 +138,42 @@ def main(arguments: list[str] | None = None) -> dict:
     ceilings = machine.measure_ceilings(device, 0.05 if options.quick else 0.3)
     print(report.machine_line(about), report.ceilings_line(ceilings), "", sep="\n", flush=True)
 
-    jobs, results = plan(options), []
+    jobs, results, measured = plan(options), [], []
     progress = Progress(len(jobs))
     for op, preset, case, settings in jobs:
         dtype = str(settings.dtype).removeprefix("torch.")
         progress.start(f"{op.name} {settings.direction} {dtype} {case.shape}")
         ceilings = ceilings.or_better(machine.measure_ceilings(device, 0.02))
         results.append(run_case(op, preset, case, settings, progress))
-        assess(results[-1], ceilings)
+        for result in results:  # the earlier ones too, by the better ceilings
+            assess(result, ceilings)
         progress.finish_case()
         print("\n".join(report.case_lines(results[-1])), flush=True)
+        save(options, about, ceilings, results, measured)  # an interrupted run keeps what it has
 
-    for result in results:  # once more, by the best ceilings of the whole run
-        assess(result, ceilings)
-    print(report.ceilings_line(ceilings))
-    measured = memory_results(jobs) if options.memory else []
-    print("\n".join([*report.sweep_lines(results), *memory_lines(measured)]))
-    settings = {key: str(value) if isinstance(value, Path) else value
-                for key, value in vars(options).items()}  # fmt: skip
-    saved = report.to_json(about, ceilings, settings, results, measured)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(saved)
-        print(f"saved {options.json}")
+    if options.memory:
+        measured += memory_results(jobs)
+    print("\n".join([
+        report.ceilings_line(ceilings), "", *report.summary_lines(results), "",
+        *report.sweep_lines(results), *memory_lines(measured),
+    ]).rstrip())  # fmt: skip
     if options.plot:
         try:
             report.plot(results, options.plot)
             print(f"drew {options.plot}")
         except RuntimeError as reason:
             print(reason, file=sys.stderr)
-    return report.from_json(saved)
+    return save(options, about, ceilings, results, measured)
+
+
+def save(options, about, ceilings, results, measured) -> dict:
+    settings = {key: str(value) if isinstance(value, Path) else value
+                for key, value in vars(options).items()}  # fmt: skip
+    saved = report.to_json(about, ceilings, settings, results, measured)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(saved)
+    return json.loads(saved)
 
 
 def keep_freed_memory() -> None:

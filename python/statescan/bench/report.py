@@ -120,6 +120,41 @@ def _speed_up(result: dict) -> str:
     return ""
 
 
+# ---- All cases, a line each.
+
+SUMMARY = ("op", "", "dtype", "shape", "time", "best", "x floor", "threads help",
+           "nearest peer", "ratio")  # fmt: skip
+
+
+def summary_lines(results: list[dict]) -> list[str]:
+    """Our time, by the best ceilings of the run, and whoever comes closest to it."""
+    rows = [SUMMARY, *(_summary_row(result) for result in results if "floor_ratio" in result)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(SUMMARY))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows]  # fmt: skip
+
+
+def _summary_row(result: dict) -> tuple[str, ...]:
+    ours = result["candidates"][0]
+    ratios = {entry["name"]: entry["ratio"] for entry in result["candidates"] if "ratio" in entry}
+    single = ratios.pop(f"{OURS}, 1 thread", None)
+    ratios.pop(OURS)
+    nearest = min(ratios, key=ratios.get) if ratios else ""
+    return (
+        result["op"],
+        result["direction"],
+        result["dtype"],
+        " ".join(f"{key}{value}" for key, value in result["sizes"].items())
+        + (" channel-last" if result["layout"] == "channel-last" else ""),
+        format_seconds(ours["median_s"]),
+        format_seconds(ours["best_s"]),
+        f"{result['floor_ratio']:.3g}",
+        f"{single:.2f}x" if single else "",
+        nearest,
+        f"{ratios[nearest]:.3g}x" if ratios else "",
+    )
+
+
 # ---- Time against length.
 
 
@@ -195,7 +230,3 @@ def to_json(machine: dict, ceilings: Ceilings, settings: dict, results: list[dic
         "memory": memory,
     }  # fmt: skip
     return json.dumps(report, indent=1) + "\n"
-
-
-def from_json(saved: str) -> dict:
-    return json.loads(saved)

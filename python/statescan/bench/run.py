@@ -174,13 +174,14 @@ def _prepare(
                 timed_case, settings.dtype, settings.device, settings.layout
             )
         run = bind(call, inputs[timed_case.shape], settings.direction)
-        candidates.append((entry, Candidate(peer.name, run, threads, grad)))
+        least = 3 if peer is ours else 1
+        candidates.append((entry, Candidate(peer.name, run, threads, grad, least)))
         if seconds > settings.budget and not peer.compiled and checked_case == timed_case:
             candidates[-1][1].samples.append(seconds)  # too slow to be run twice
         if peer is ours and threads > 1 and settings.device.type == "cpu":
             single = dict(entry, name=f"{OURS}, 1 thread", threads=1)
             entries.append(single)
-            candidates.append((single, Candidate(single["name"], run, 1, grad)))
+            candidates.append((single, Candidate(single["name"], run, 1, grad, least)))
     return candidates
 
 

@@ -24,6 +24,7 @@ class Candidate:
     run: Callable[[], object]
     threads: int
     grad: bool = False
+    least: int = 1  # rounds at any price
     samples: list[float] = field(default_factory=list)  # seconds per call
 
     @property
@@ -79,14 +80,14 @@ def time_side_by_side(
         if candidate.samples:
             continue
         progress.show(candidate.name)
-        estimate = candidate.sample(0, device)
-        if estimate > budget / 2:
-            candidate.samples.append(estimate)
+        first = candidate.sample(0, device)  # pays for fresh memory and cold caches
+        if first > budget and candidate.least < 2:
+            candidate.samples.append(first)
             continue
-        estimate = candidate.sample(1, device)
+        estimate = min(first, candidate.sample(0, device))
         calls = max(1, min(1000, round(SAMPLE_SECONDS / estimate)))
-        cost = (calls + 1) * estimate
-        plans.append((candidate, calls, max(1, min(rounds, int(budget / cost)))))
+        wanted = int(budget / ((calls + 1) * estimate))
+        plans.append((candidate, calls, min(rounds, max(candidate.least, wanted))))
     for i in range(rounds):
         probe.run()
         for candidate, calls, wanted in plans:
