@@ -158,9 +158,10 @@ def evaluate(
 
 
 def clone(x: Tensor) -> Tensor:
-    """A copy with the strides of x, whatever they are."""
-    copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    return copy.copy_(x)
+    """A copy with the strides of x, whatever they are; expanded where x is."""
+    once = x[tuple(slice(None) if step else slice(0, 1) for step in x.stride())]
+    copy = torch.empty_strided(once.shape, once.stride(), dtype=x.dtype, device=x.device)
+    return copy.copy_(once).expand(x.shape)
 
 
 def weights_like(out: Tensor) -> Tensor:
