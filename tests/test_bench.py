@@ -81,6 +81,9 @@ def test_native_loops_count_their_work():
 def test_copy_ceiling_follows_the_size():
     assert ROUND.copy_at(1000) == ROUND.copy_at(1 << 20) == 100e9
     assert ROUND.copy_at((1 << 20) + 1) == ROUND.copy_at(1 << 40) == 30e9
+    moved = 2 << 20  # in place: half of it is there twice
+    assert Cost(moved, 0, 0).floor(ROUND) == moved / 30e9
+    assert Cost(moved, 0, 0, in_place=moved).floor(ROUND) == moved / 100e9
 
 
 def test_floor_of_a_known_shape():
@@ -111,6 +114,7 @@ def test_conv_and_step_costs(dtype):
         (step,) = OPS["selective_state_update"].passes(case, dtype, "fwd")
         states = 24 * 64 * 128
         assert step.bytes == 8 * states + dtype.itemsize * (2 * 24 * 64 + 2 * 128)
+        assert step.in_place == 8 * states
 
 
 @pytest.mark.parametrize("name", OPS)

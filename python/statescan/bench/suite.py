@@ -39,9 +39,11 @@ class Cost:
     bytes: int
     exps: float  # exponentials, and what costs as much: the logarithm in a softplus
     fmas: float  # multiply-adds, or single operations that take the place of one
+    in_place: int = 0  # of the bytes, those of a tensor both read and written
 
     def memory_seconds(self, ceilings: Ceilings) -> float:
-        return self.bytes / ceilings.copy_at(self.bytes)
+        working_set = self.bytes - self.in_place // 2
+        return self.bytes / ceilings.copy_at(working_set)
 
     def compute_seconds(self, ceilings: Ceilings) -> float:
         fma = self.fmas / ceilings.fma if ceilings.fma else 0.0
@@ -62,7 +64,7 @@ def floor_seconds(passes: Sequence[Cost], ceilings: Ceilings) -> float:
 class Ceilings:
     """Rates of this machine, measured in the same run as everything they are compared with."""
 
-    copy: Mapping[int, float]  # bytes moved by one copy (read + written) -> bytes per second
+    copy: Mapping[int, float]  # bytes of both arrays of a copy -> bytes moved per second
     exp: float  # the faster of the two below, per second
     exp_kernels: float | None  # the kernels' exp2, in cache
     exp_torch: float  # torch.exp, in cache
@@ -80,10 +82,10 @@ class Ceilings:
             },
         )
 
-    def copy_at(self, moved: int) -> float:
+    def copy_at(self, working_set: int) -> float:
         """The copy rate for a working set of that many bytes: that of the next larger probe."""
         sizes = sorted(self.copy)
-        return self.copy[next((size for size in sizes if moved <= size), sizes[-1])]
+        return self.copy[next((size for size in sizes if working_set <= size), sizes[-1])]
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,9 @@ def naive(x: Inputs) -> Tensor:
 def passes(case: Case, dtype: torch.dtype, direction: str) -> list[Cost]:
     row, width = (case["B"], case["D"]), case["W"]
     steps = case["B"] * case["D"]
-    moved = count_bytes(*[(*row, width)] * 2, row, row, (case["D"], width), dtype=dtype)
-    return [Cost(moved, steps, width * steps)]
+    in_place = count_bytes(*[(*row, width)] * 2, dtype=dtype)
+    moved = in_place + count_bytes(row, row, (case["D"], width), dtype=dtype)
+    return [Cost(moved, steps, width * steps, in_place)]
 
 
 # ---- What else computes it.

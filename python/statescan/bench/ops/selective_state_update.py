@@ -82,14 +82,14 @@ def naive(x: Inputs) -> Tensor:
 def passes(case: Case, dtype: torch.dtype, direction: str) -> list[Cost]:
     shape = state_shape(case)
     states, rows = torch.Size(shape).numel(), torch.Size(shape[:-1]).numel()
-    moved = count_bytes(shape, shape, dtype=torch.float32)  # read and written
+    moved = in_place = count_bytes(shape, shape, dtype=torch.float32)
     if is_mamba2(case):
         projection = (case["B"], case["G"], case["N"])
         moved += count_bytes(shape[:-1], shape[:-1], projection, projection, dtype=dtype)
-        return [Cost(moved, 3 * case["B"] * case["H"], 3 * states)]
+        return [Cost(moved, 3 * case["B"] * case["H"], 3 * states, in_place)]
     moved += count_bytes(*[shape[:-1]] * 4, *[(case["B"], case["N"])] * 2, dtype=dtype)
     moved += count_bytes(shape[1:], dtype=torch.float32)  # A
-    return [Cost(moved, states + 3 * rows, 4 * states)]
+    return [Cost(moved, states + 3 * rows, 4 * states, in_place)]
 
 
 # ---- What else computes it.
