@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/ceilings.h"
 #include "common/isa.h"
 
 namespace py = pybind11;
@@ -29,5 +30,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("torch_headers") = STATESCAN_TORCH_VERSION;
   m.attr("sanitizers") = STATESCAN_SANITIZERS;
   m.attr("cuda") = py::none();  // no CUDA kernels in this build
+  statescan::bindings::add_ceilings(m);
   statescan::isa();             // an unknown STATESCAN_ISA fails here, at import
 }

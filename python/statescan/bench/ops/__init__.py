@@ -1,0 +1,16 @@
+"""The operators of the suite, by name. A new one is a file here and a line below."""
+
+import statescan
+from statescan.bench.ops import (
+    causal_conv1d,
+    causal_conv1d_update,
+    selective_scan,
+    selective_state_update,
+)
+from statescan.bench.suite import Op
+
+OPS: dict[str, Op] = {
+    module.OP.name: module.OP
+    for module in (selective_scan, causal_conv1d, selective_state_update, causal_conv1d_update)
+    if hasattr(statescan, module.OP.name)
+}
