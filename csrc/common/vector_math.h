@@ -57,6 +57,10 @@ STATESCAN_INLINE FloatVec exp2(FloatVec x) {
 }
 
 STATESCAN_INLINE FloatVec exp(FloatVec x) {
+  // Beyond these the result is 0 or infinity; far beyond, the remainder r would no longer be small.
+  const FloatVec low = splat(-105.0f), high = splat(90.0f);
+  x = x < low ? low : x;
+  x = x > high ? high : x;
   const FloatVec n = nearest(x * 1.44269504f);
   FloatVec r = x - n * 0.693145752f;  // ln 2 in two parts, the first with room for exact products
   r = r - n * 1.42860677e-06f;
