@@ -56,11 +56,24 @@ STATESCAN_INLINE FloatVec exp2(FloatVec x) {
   return scale_by_exp2(exp2_fraction(x - n), n);
 }
 
+// NaN stays NaN. The compiler would make a comparison and a blend of each bound.
+STATESCAN_INLINE FloatVec clamp(FloatVec x, float low, float high) {
+  const FloatVec l = splat(low), h = splat(high);
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_min_ps((__m512)h, _mm512_max_ps((__m512)l, (__m512)x));
+#elif defined(__AVX2__)
+  return (FloatVec)_mm256_min_ps((__m256)h, _mm256_max_ps((__m256)l, (__m256)x));
+#elif defined(__SSE2__)
+  return (FloatVec)_mm_min_ps((__m128)h, _mm_max_ps((__m128)l, (__m128)x));
+#else
+  x = x < l ? l : x;
+  return x > h ? h : x;
+#endif
+}
+
 STATESCAN_INLINE FloatVec exp(FloatVec x) {
   // Beyond these the result is 0 or infinity; far beyond, the remainder r would no longer be small.
-  const FloatVec low = splat(-105.0f), high = splat(90.0f);
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  x = clamp(x, -105.0f, 90.0f);
   const FloatVec n = nearest(x * 1.44269504f);
   FloatVec r = x - n * 0.693145752f;  // ln 2 in two parts, the first with room for exact products
   r = r - n * 1.42860677e-06f;
