@@ -104,15 +104,16 @@ int64_t BwdParams::scratch_bytes() const {
   return scalars * element_bytes(compute) + 16 * 64;
 }
 
-// Waking another thread costs as much as some 8000 elements.
+// Waking another thread costs as much as some 16000 elements.
 int64_t UpdateParams::grain() const {
   const int64_t elements = batch * dim * tokens;
-  return std::max<int64_t>(1, tasks() * 8192 / std::max<int64_t>(elements, 1));
+  return std::max<int64_t>(1, tasks() * 16384 / std::max<int64_t>(elements, 1));
 }
 
 int64_t UpdateParams::scratch_bytes() const {
-  const int64_t rows = (width + 1) + std::max(state_len, width) + 2 * tokens;
-  return rows * kUnit * element_bytes(compute) + 4 * 64;
+  const int64_t rows = std::max(state_len, width) + 2 * tokens;
+  const int64_t scalars = (width + 1) * kChannels + rows * kUnit;
+  return scalars * element_bytes(compute) + 4 * 64;
 }
 
 }  // namespace statescan::causal_conv1d

@@ -120,7 +120,7 @@ struct UpdateParams {
   const int64_t* slots;      // (batch), negative: skip; or null: element b has slot b
   const int64_t* positions;  // (batch), where the first token goes in a circular state; or null
 
-  static constexpr int64_t kChannels = 64, kElements = 8;  // of a task
+  static constexpr int64_t kChannels = 256, kElements = 8;  // of a task
   int64_t blocks() const { return (dim + kChannels - 1) / kChannels; }
   int64_t tasks() const { return blocks() * ((batch + kElements - 1) / kElements); }
   int64_t grain() const;

@@ -71,9 +71,8 @@ STATESCAN_INLINE FloatVec clamp(FloatVec x, float low, float high) {
 #endif
 }
 
-STATESCAN_INLINE FloatVec exp(FloatVec x) {
-  // Beyond these the result is 0 or infinity; far beyond, the remainder r would no longer be small.
-  x = clamp(x, -105.0f, 90.0f);
+// x in [-105, 90], or NaN: far outside, the remainder r would no longer be small.
+STATESCAN_INLINE FloatVec exp_within(FloatVec x) {
   const FloatVec n = nearest(x * 1.44269504f);
   FloatVec r = x - n * 0.693145752f;  // ln 2 in two parts, the first with room for exact products
   r = r - n * 1.42860677e-06f;
@@ -83,6 +82,9 @@ STATESCAN_INLINE FloatVec exp(FloatVec x) {
   p = p * r + 0.499992311f;
   return scale_by_exp2((p * r) * r + r + 1.0f, n);
 }
+
+// Beyond these bounds the result is 0 or infinity.
+STATESCAN_INLINE FloatVec exp(FloatVec x) { return exp_within(clamp(x, -105.0f, 90.0f)); }
 
 // 1 / x for normal x whose reciprocal is normal. A division occupies the divider for ten cycles and
 // more; where there is an estimate of 14 bits, one Newton step makes it 27.
@@ -121,7 +123,7 @@ STATESCAN_INLINE FloatVec softplus(FloatVec x, FloatVec& slope) {
 
 // e^87 keeps the reciprocal normal; sigmoid(-87) is 2e-38 and x sigmoid(x) no better than 0.
 STATESCAN_INLINE FloatVec sigmoid(FloatVec x) {
-  return reciprocal(1.0f + exp(x < -87.0f ? FloatVec{} + 87.0f : -x));
+  return reciprocal(1.0f + exp_within(clamp(-x, -105.0f, 87.0f)));
 }
 
 // ---- double
