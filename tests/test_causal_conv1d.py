@@ -1,5 +1,7 @@
 """causal_conv1d against the naive reference in float64: outputs and every gradient, by name."""
 
+from itertools import pairwise
+
 import pytest
 import statescan
 import torch
@@ -348,7 +350,7 @@ def test_packed_is_separate():
     inputs = sample(batch=1, seqlen=200, dim=18, slots=3, layout=channel_last)
     offsets = cu(*lengths, dtype=torch.int64)
     y, final = statescan.causal_conv1d(**inputs, cu_seqlens=offsets, return_final_state=True)
-    for i, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for i, (begin, end) in enumerate(pairwise(offsets)):
         alone = inputs | {
             "x": inputs["x"][..., begin:end], "initial_state": inputs["initial_state"][i : i + 1]
         }  # fmt: skip
@@ -413,7 +415,8 @@ def test_extreme_values(layout):
         inputs["bias"][4], inputs["bias"][5] = 200.0, -200.0
     for channel in range(20):  # each on its own scale
         part = {k: v.detach()[channel : channel + 1] for k, v in inputs.items() if v.dim() < 3}
-        y = statescan.causal_conv1d(inputs["x"], inputs["weight"], inputs["bias"], activation="silu")
+        own = {k: inputs[k] for k in ("x", "weight", "bias")}
+        y = statescan.causal_conv1d(**own, activation="silu")
         want = reference.causal_conv1d(
             inputs["x"].detach()[:, channel : channel + 1].double(),
             **{k: v.double() for k, v in part.items()}, activation="silu",
@@ -642,7 +645,7 @@ def bad_calls():
         call("with width of at least 1", weight=w[:, :0]),
         call(r"bias must have shape \(dim\) = \[5\], got \[4\]", bias=w[0]),
         call(
-            r"initial_state must have shape \(batch, dim, width - 1\) = \[2, 5, 3\], got \[2, 5, 4\]",
+            r"initial_state must have shape \(batch, dim, width - 1\) = \[2, 5, 3\], got \[2, 5, 4",
             initial_state=torch.zeros(2, 5, 4),
         ),
         call(
@@ -835,10 +838,10 @@ def test_update_opcheck_and_compile():
         ({"x": torch.zeros(3)}, r"x must have shape \(batch, dim\) or \(batch, dim, tokens\), got"),
         ({"conv_state": torch.zeros(3, 37, 2)}, "at least width - 1 = 3, got 2"),
         ({"conv_state": torch.zeros(2, 37, 4)}, r"conv_state must have shape .* = \[3, 37, 4\]"),
-        ({"conv_state": torch.zeros(3, 37)}, r"conv_state must have shape \(slots, dim, state_len\)"),
+        ({"conv_state": torch.zeros(3, 37)}, r"must have shape \(slots, dim, state_len\)"),
         ({"weight": torch.zeros(36, 4)}, r"weight must have shape .* = \[37, 4\], got \[36, 4\]"),
         ({"bias": torch.zeros(36)}, r"bias must have shape \(dim\) = \[37\], got \[36\]"),
-        ({"conv_state_indices": torch.tensor([0, 1, 3])}, "below the slots of conv_state = 3, got 3"),
+        ({"conv_state_indices": torch.tensor([0, 1, 3])}, "below the slots of .* = 3, got 3"),
         ({"conv_state_indices": torch.zeros(2).int()}, r"conv_state_indices must have shape"),
         ({"cache_seqlens": torch.zeros(3)}, "cache_seqlens must be int32 or int64"),
         ({"activation": "gelu"}, 'activation must be None, "silu" or "swish"'),

@@ -46,7 +46,9 @@ const Tensor* pointer(const OptionalTensor& t) { return t ? &*t : nullptr; }
 void check_weight(const Tensor& weight, const OptionalTensor& bias, int64_t dim) {
   check_dim("weight", weight, "(dim, width)", 2);
   check_shape("weight", weight, "(dim, width)", {dim, weight.size(1)});
-  if (weight.size(1) < 1) fail("weight must have shape (dim, width) with width of at least 1, got 0");
+  if (weight.size(1) < 1) {
+    fail("weight must have shape (dim, width) with width of at least 1, got width = 0");
+  }
   if (bias) check_shape("bias", *bias, "(dim)", {dim});
 }
 
@@ -77,7 +79,8 @@ Sequences find_sequences(const Operands& o, const Problem& p) {
   return found;
 }
 
-void check_no_state(const Problem& p, const OptionalTensor& initial_state, bool return_final_state) {
+void check_no_state(const Problem& p, const OptionalTensor& initial_state,
+                    bool return_final_state) {
   if (p.mode != Mode::kSame) return;
   if (initial_state) fail("mode same has no initial_state: it sees both ends of the sequence");
   if (return_final_state) fail("mode same has no final state: it sees both ends of the sequence");

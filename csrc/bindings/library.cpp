@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY(statescan, m) {
       "(Tensor, Tensor, Tensor, Tensor)");
   // -> y; conv_state is changed in place
   m.def(
-      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, "
-      "Tensor? cache_seqlens, Tensor? conv_state_indices) -> Tensor");
+      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
+      "bool silu, Tensor? cache_seqlens, Tensor? conv_state_indices) -> Tensor");
   m.def("causal_conv1d_varlen_states(Tensor x, Tensor cu_seqlens, int state_len) -> Tensor");
 }

@@ -64,7 +64,9 @@ void strip_any_width(const T* x, int64_t x_step, const T* dy, T* dx, const Filte
                      const Walk<R>& walk, int channels) {
   for (int c = 0; c < channels; c += kLanes<R>) {
     Vec<R> pre = load(f.tap(f.width) + c);
-    for (int k = 0; k < f.width; ++k) pre += load(f.tap(k) + c) * load_convert<R>(x + k * x_step + c);
+    for (int k = 0; k < f.width; ++k) {
+      pre += load(f.tap(k) + c) * load_convert<R>(x + k * x_step + c);
+    }
     const Vec<R> dpre = activate_vjp(pre, load_convert<R>(dy + c), f.silu);
     R* sums = walk.sums + c;
     for (int k = 0; k < f.width; ++k, sums += walk.pitch) {
@@ -86,7 +88,8 @@ void strips(const T* x, int64_t x_step, const T* dy, int64_t dy_step, T* dx, int
             int64_t steps, const Filter<R>& f, const Walk<R>& walk, int channels) {
   if constexpr (kWidth == 0) {
     for (int64_t p = 0; p < steps; ++p) {
-      strip_any_width(x + p * x_step, x_step, dy + p * dy_step, dx + p * dx_step, f, walk, channels);
+      strip_any_width(x + p * x_step, x_step, dy + p * dy_step, dx + p * dx_step, f, walk,
+                      channels);
     }
   } else {
     constexpr int kSteps = 8;

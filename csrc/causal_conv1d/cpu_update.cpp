@@ -1,5 +1,6 @@
 // Decode steps of the short convolution on the CPU, and states for them out of packed sequences.
-// Lanes are channels: a vector of channels and the few inputs that its outputs need fit a small tile.
+// Lanes are channels: a vector of channels and the few inputs that its outputs need make a small
+// tile.
 #include "causal_conv1d/cpu_walk.h"
 
 namespace statescan::causal_conv1d {
@@ -72,7 +73,9 @@ class Update {
     const int64_t end = std::min(begin + p_.kChannels, p_.dim);
     const int64_t first = task / p_.blocks() * p_.kElements;
     const int64_t last = std::min(first + p_.kElements, p_.batch);
-    for (int64_t c = begin; c < end; c += kLanes<R>) load_filter(c, rows_at(c, end), taps_at(c - begin));
+    for (int64_t c = begin; c < end; c += kLanes<R>) {
+      load_filter(c, rows_at(c, end), taps_at(c - begin));
+    }
     for (int64_t b = first; b < last; ++b) {
       const int64_t slot = p_.slots == nullptr ? b : p_.slots[b];
       const int64_t quick = slot >= 0 && by_four_ ? run_by_four(b, slot, begin, end) : begin;
@@ -105,7 +108,7 @@ class Update {
     if (quick) {
       with_type(from.dtype, [&](auto* type) {
         Vec<R> column[4];
-        load_by_four<R>(static_cast<const std::remove_pointer_t<decltype(type)>*>(from.data), column);
+        load_by_four<R>(static_cast<decltype(type)>(from.data), column);
         for (int k = 0; k < 4; ++k) store(taps + k * kLanes<R>, column[k]);
       });
     } else {
@@ -114,8 +117,8 @@ class Update {
     R* bias = taps + p_.width * kLanes<R>;
     clear(bias, kLanes<R>);
     if (!p_.bias) return;
-    load_tile(Plane{p_.bias.data, p_.bias.dtype, p_.bias.stride[0], 0}.at(channel, 0), rows, 1, bias,
-              kLanes<R>);
+    const Plane from_bias{p_.bias.data, p_.bias.dtype, p_.bias.stride[0], 0};
+    load_tile(from_bias.at(channel, 0), rows, 1, bias, kLanes<R>);
   }
 
   // The usual case, in registers: one token, width 4, and a state of four neighbouring inputs for

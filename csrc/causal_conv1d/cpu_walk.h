@@ -1,9 +1,10 @@
 // What the forward and the backward of the CPU convolution share: the padded sequence, the channels
 // of a task, and tiles of both.
 //
-// The bulk of a sequence is read and written in place, in its own type (strips of channels, or rows
-// of time steps, see Layout). The first and the last few steps of a sequence, which see the padding,
-// and operands of any other layout go through tiles; the arithmetic is the same function either way.
+// The bulk of a sequence is read and written in place, in its own type (strips of channels, or
+// rows of time steps, see Layout). The first and the last few steps of a sequence, which see the
+// padding, and operands of any other layout go through tiles; the arithmetic is the same function
+// either way.
 #pragma once
 
 #include <algorithm>

@@ -1,12 +1,12 @@
 // The short depthwise convolution of one channel, for the CPU and the GPU.
 //
-// A sequence x_0 .. x_{n-1} is thought of as padded, `left` inputs before it and `right` after it,
-// left + right = width - 1: p is the position in the padded sequence, x_t has p = t + left. Then
+// A sequence x_0 .. x_{n-1} is thought of as padded, `left` inputs before it and `right` after,
+// left + right = width - 1: p is the position in the padded sequence, that of x_t is t + left. Then
 //
 //   pre_t = bias + sum_k w_k x_{p = t + k},   y_t = act(pre_t),   k = 0 .. width - 1
 //
-// for every mode: causal has all of the padding on the left, anticausal (with the taps mirrored) all
-// of it on the right, "same" half on each side. The padding is the initial state, or zero.
+// for every mode: causal has all of the padding on the left, anticausal (with mirrored taps) all of
+// it on the right, "same" half on each side. The padding is the initial state, or zero.
 //
 // Backward, with dpre_t = dy_t act'(pre_t), which is zero outside of 0 .. n-1:
 //

@@ -1,6 +1,6 @@
 """Reference of the short convolution: one shifted product for each tap, a loop over sequences around."""
 
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ def _by_cu_seqlens(x, state, cu_seqlens, filter):
     bounds = cu_seqlens.tolist()
     parts = [
         filter(x[..., begin:end], state[i : i + 1])
-        for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for i, (begin, end) in enumerate(pairwise(bounds))
     ]
     if not parts:
         return x, state
@@ -143,7 +143,7 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     """As `statescan.causal_conv1d_varlen_states`."""
     bounds = cu_seqlens.tolist()
     states = x.new_zeros(len(bounds) - 1, x.shape[1], state_len)
-    for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (begin, end) in enumerate(pairwise(bounds)):
         count = min(state_len, end - begin)
         states[i, :, state_len - count :] = x[end - count : end].t()
     return states
