@@ -21,4 +21,19 @@ STABLE_TORCH_LIBRARY(statescan, m) {
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
       "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus, "
       "float dt_min, float dt_max, bool compute_output, ScalarType? out_dtype) -> Tensor");
+  // -> y, final_state (empty if not asked for)
+  m.def(
+      "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "
+      "Tensor? seq_idx, Tensor? cu_seqlens, bool silu, str mode, ScalarType? out_dtype, "
+      "bool return_final_state) -> (Tensor, Tensor)");
+  // -> dx, dweight, dbias, dinitial_state; empty where there is no such argument
+  m.def(
+      "causal_conv1d_bwd(Tensor? dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? bias, "
+      "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, bool silu, str mode) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  // -> y; conv_state is changed in place
+  m.def(
+      "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
+      "bool silu, Tensor? cache_seqlens, Tensor? conv_state_indices) -> Tensor");
+  m.def("causal_conv1d_varlen_states(Tensor x, Tensor cu_seqlens, int state_len) -> Tensor");
 }

@@ -81,16 +81,16 @@ void load_lanes(const Plane& x, int rows, int steps, R* tile, int pitch, int64_t
                 int64_t row_phase) {
   constexpr int n = kLanes<R>;
   const T* base = static_cast<const T*>(x.data);
-  const T* row[n];
-  for (int r = 0; r < n; ++r) {
-    const int64_t source = r < rows ? (row_phase + r) / row_repeat : 0;
-    row[r] = base + source * x.row_stride;
-  }
   if (rows == n && x.row_stride == 1 && row_repeat == 1) {
     for (int t = 0; t < steps; ++t) {
       store(tile + t * pitch, load_convert<R>(base + t * x.time_stride));
     }
     return;
+  }
+  const T* row[n];
+  for (int r = 0; r < n; ++r) {
+    const int64_t source = r < rows ? (row_phase + r) / row_repeat : 0;
+    row[r] = base + source * x.row_stride;
   }
   int t = 0;
   if (pitch == 1 && x.time_stride == 1) {

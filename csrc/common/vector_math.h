@@ -56,7 +56,23 @@ STATESCAN_INLINE FloatVec exp2(FloatVec x) {
   return scale_by_exp2(exp2_fraction(x - n), n);
 }
 
-STATESCAN_INLINE FloatVec exp(FloatVec x) {
+// NaN stays NaN. The compiler would make a comparison and a blend of each bound.
+STATESCAN_INLINE FloatVec clamp(FloatVec x, float low, float high) {
+  const FloatVec l = splat(low), h = splat(high);
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_min_ps((__m512)h, _mm512_max_ps((__m512)l, (__m512)x));
+#elif defined(__AVX2__)
+  return (FloatVec)_mm256_min_ps((__m256)h, _mm256_max_ps((__m256)l, (__m256)x));
+#elif defined(__SSE2__)
+  return (FloatVec)_mm_min_ps((__m128)h, _mm_max_ps((__m128)l, (__m128)x));
+#else
+  x = x < l ? l : x;
+  return x > h ? h : x;
+#endif
+}
+
+// x in [-105, 90], or NaN: far outside, the remainder r would no longer be small.
+STATESCAN_INLINE FloatVec exp_within(FloatVec x) {
   const FloatVec n = nearest(x * 1.44269504f);
   FloatVec r = x - n * 0.693145752f;  // ln 2 in two parts, the first with room for exact products
   r = r - n * 1.42860677e-06f;
@@ -66,6 +82,9 @@ STATESCAN_INLINE FloatVec exp(FloatVec x) {
   p = p * r + 0.499992311f;
   return scale_by_exp2((p * r) * r + r + 1.0f, n);
 }
+
+// Beyond these bounds the result is 0 or infinity.
+STATESCAN_INLINE FloatVec exp(FloatVec x) { return exp_within(clamp(x, -105.0f, 90.0f)); }
 
 // 1 / x for normal x whose reciprocal is normal. A division occupies the divider for ten cycles and
 // more; where there is an estimate of 14 bits, one Newton step makes it 27.
@@ -104,7 +123,7 @@ STATESCAN_INLINE FloatVec softplus(FloatVec x, FloatVec& slope) {
 
 // e^87 keeps the reciprocal normal; sigmoid(-87) is 2e-38 and x sigmoid(x) no better than 0.
 STATESCAN_INLINE FloatVec sigmoid(FloatVec x) {
-  return reciprocal(1.0f + exp(x < -87.0f ? FloatVec{} + 87.0f : -x));
+  return reciprocal(1.0f + exp_within(clamp(-x, -105.0f, 87.0f)));
 }
 
 // ---- double

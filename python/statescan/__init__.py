@@ -7,8 +7,22 @@ plain torch, one time step at a time, and is what they are tested against.
 import torch  # noqa: F401  (loads the library that statescan._C links to)
 
 from statescan import _C, reference
+from statescan.ops.causal_conv1d import (
+    causal_conv1d,
+    causal_conv1d_update,
+    causal_conv1d_varlen_states,
+)
 from statescan.ops.selective_scan import selective_scan
 from statescan.ops.selective_state_update import selective_state_update
 from statescan.version import __version__
 
-__all__ = ["_C", "__version__", "reference", "selective_scan", "selective_state_update"]
+__all__ = [
+    "_C",
+    "__version__",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
+    "reference",
+    "selective_scan",
+    "selective_state_update",
+]

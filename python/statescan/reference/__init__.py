@@ -4,7 +4,18 @@ Differentiable by autograd, and slow on purpose. Computed in the dtype of the in
 to at least float32; pass float64 for an answer to test against.
 """
 
+from statescan.reference.causal_conv1d import (
+    causal_conv1d,
+    causal_conv1d_update,
+    causal_conv1d_varlen_states,
+)
 from statescan.reference.selective_scan import selective_scan
 from statescan.reference.selective_state_update import selective_state_update
 
-__all__ = ["selective_scan", "selective_state_update"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "causal_conv1d_varlen_states",
+    "selective_scan",
+    "selective_state_update",
+]
