@@ -7,7 +7,6 @@ import json
 
 import pytest
 import torch
-
 from statescan.bench import __main__ as command
 from statescan.bench import machine, memory, report
 from statescan.bench.ops import OPS

@@ -552,16 +552,12 @@ def test_export():
             return statescan.causal_conv1d(x, weight, bias, initial_state=initial_state)
 
     program = torch.export.export(Conv(), tuple(inputs.values()))
-    assert torch.equal(
-        program.module()(*inputs.values()), statescan.causal_conv1d(**inputs)
-    )
+    assert torch.equal(program.module()(*inputs.values()), statescan.causal_conv1d(**inputs))
 
 
 def test_meta_tensors():
     inputs = {k: v.detach().to("meta") for k, v in sample(dim=18).items()}
-    y, final = statescan.causal_conv1d(
-        **inputs, return_final_state=True, out_dtype=torch.float64
-    )
+    y, final = statescan.causal_conv1d(**inputs, return_final_state=True, out_dtype=torch.float64)
     assert y.device.type == "meta" and y.dtype == torch.float64 and y.shape == (2, 18, 20)
     assert final.shape == (2, 18, 3)
     y = statescan.causal_conv1d_update(inputs["x"], inputs["initial_state"], inputs["weight"])
@@ -825,9 +821,7 @@ def test_update_opcheck_and_compile():
 
     want_state = inputs["conv_state"].clone()
     want = step(inputs["x"], want_state, inputs["weight"])
-    got = torch.compile(step, fullgraph=True)(
-        inputs["x"], inputs["conv_state"], inputs["weight"]
-    )
+    got = torch.compile(step, fullgraph=True)(inputs["x"], inputs["conv_state"], inputs["weight"])
     assert torch.equal(got, want)
     assert torch.equal(inputs["conv_state"], want_state)
 
@@ -882,9 +876,7 @@ def test_varlen_states(state_len, dtype):
 def test_varlen_states_continue_a_packed_batch():
     lengths = (5, 1, 30)
     inputs = sample(batch=1, seqlen=36, dim=19, initial_state=False, layout=channel_last)
-    _, final = statescan.causal_conv1d(
-        **inputs, cu_seqlens=cu(*lengths), return_final_state=True
-    )
+    _, final = statescan.causal_conv1d(**inputs, cu_seqlens=cu(*lengths), return_final_state=True)
     packed = inputs["x"].detach()[0].t()
     assert torch.equal(statescan.causal_conv1d_varlen_states(packed, cu(*lengths), 3), final)
 

@@ -109,11 +109,13 @@ ScalarType state_dtype(const Tensor& x, const OptionalTensor& initial_state) {
   return wide ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor> causal_conv1d_fwd(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& initial_state, const OptionalTensor& seq_idx,
-    const OptionalTensor& cu_seqlens, bool silu, std::string mode,
-    std::optional<ScalarType> out_dtype, bool return_final_state) {
+std::tuple<Tensor, Tensor> causal_conv1d_fwd(const Tensor& x, const Tensor& weight,
+                                             const OptionalTensor& bias,
+                                             const OptionalTensor& initial_state,
+                                             const OptionalTensor& seq_idx,
+                                             const OptionalTensor& cu_seqlens, bool silu,
+                                             std::string mode, std::optional<ScalarType> out_dtype,
+                                             bool return_final_state) {
   const Operands o{x, weight, bias, initial_state, seq_idx, cu_seqlens};
   FwdParams p{};
   static_cast<Problem&>(p) = check(o, silu, mode);
@@ -135,8 +137,8 @@ std::tuple<Tensor, Tensor> causal_conv1d_fwd(
   p.pieces = &pieces;
   const Tensor filter = filter_of(o, p);
   p.filter = filter.data_ptr();
-  run_tasks([](const FwdParams& q, const Range& r) { fwd(q, r); }, p, p.tasks(),
-            p.scratch_bytes(), p.grain());
+  run_tasks([](const FwdParams& q, const Range& r) { fwd(q, r); }, p, p.tasks(), p.scratch_bytes(),
+            p.grain());
   return {y, final_state};
 }
 
@@ -152,8 +154,8 @@ void add_up(const Tensor& partial, int64_t k0, int64_t taps, bool mirror, const 
   s.out.dtype = float_dtype("gradient", out);
   s.out.stride[2] = out.dim() == 2 ? out.stride(1) : 0, s.out.stride[3] = out.stride(0);
   if (mirror) {  // the taps were mirrored for the kernel
-    s.out.data = static_cast<char*>(s.out.data) +
-                 (taps - 1) * s.out.stride[2] * element_bytes(s.out.dtype);
+    s.out.data =
+        static_cast<char*>(s.out.data) + (taps - 1) * s.out.stride[2] * element_bytes(s.out.dtype);
     s.out.stride[2] = -s.out.stride[2];
   }
   if (p.dim == 0) return;
@@ -200,8 +202,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
   const Sizes sizes{std::max<int64_t>(groups, 1), p.width + 1, p.dim};
   Tensor dfilter = groups == 0 ? zeros(x, sizes, compute) : empty(x, sizes, compute);
   p.dfilter = dfilter.data_ptr();
-  run_tasks([](const BwdParams& q, const Range& r) { bwd(q, r); }, p, p.tasks(),
-            p.scratch_bytes(), p.grain());
+  run_tasks([](const BwdParams& q, const Range& r) { bwd(q, r); }, p, p.tasks(), p.scratch_bytes(),
+            p.grain());
   add_up(dfilter, 0, p.width, p.mode == Mode::kAnticausal, p, dweight);
   if (bias) add_up(dfilter, p.width, 1, false, p, dbias);
   return {dx, dweight, dbias, dinitial_state};

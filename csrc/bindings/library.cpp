@@ -11,7 +11,8 @@ STABLE_TORCH_LIBRARY(statescan, m) {
       "bool save_chunk_states) -> (Tensor, Tensor, Tensor, Tensor)");
   // -> du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state
   m.def(
-      "selective_scan_bwd(Tensor? dy, Tensor? dlast_state, Tensor? dstates, Tensor u, Tensor delta, "
+      "selective_scan_bwd(Tensor? dy, Tensor? dlast_state, Tensor? dstates, Tensor u, Tensor "
+      "delta, "
       "Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
       "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, Tensor chunk_states, "
       "bool delta_softplus, bool reverse, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "

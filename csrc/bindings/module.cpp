@@ -13,8 +13,9 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m) {
   using statescan::Isa;
   m.doc() = "Compiled part of statescan.";
-  m.def("isa", [] { return statescan::isa_name(statescan::isa()); },
-        "The instruction set in use: the widest here, or STATESCAN_ISA from the environment.");
+  m.def(
+      "isa", [] { return statescan::isa_name(statescan::isa()); },
+      "The instruction set in use: the widest here, or STATESCAN_ISA from the environment.");
   m.def(
       "supported_isas",
       [] {
@@ -31,5 +32,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("sanitizers") = STATESCAN_SANITIZERS;
   m.attr("cuda") = py::none();  // no CUDA kernels in this build
   statescan::bindings::add_ceilings(m);
-  statescan::isa();             // an unknown STATESCAN_ISA fails here, at import
+  statescan::isa();  // an unknown STATESCAN_ISA fails here, at import
 }

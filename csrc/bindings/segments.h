@@ -8,8 +8,8 @@ namespace statescan::bindings {
 
 struct Sequences {
   Segments segments;
-  int64_t slots;      // entries of a tensor of states
-  bool slots_by_id;   // initial_state is (batch, sequence, ...), flattened to `slots`
+  int64_t slots;     // entries of a tensor of states
+  bool slots_by_id;  // initial_state is (batch, sequence, ...), flattened to `slots`
 };
 
 // `initial_state_dim`: the rank of one state plus one; an initial_state of one more dimension has a

@@ -66,8 +66,8 @@ Problem check(const Operands& x, bool delta_softplus, bool reverse, int64_t chun
   check_dim("delta", x.delta, "(batch, dim, seqlen)", 3);
   const int64_t delta_dim = x.delta.size(1);
   if (delta_dim < 1 ? p.dim != delta_dim : p.dim % delta_dim != 0) {
-    fail("delta must have a number of rows that divides dim = " + std::to_string(p.dim) +
-         ", got " + std::to_string(delta_dim));
+    fail("delta must have a number of rows that divides dim = " + std::to_string(p.dim) + ", got " +
+         std::to_string(delta_dim));
   }
   check_shape("delta", x.delta, "(batch, delta_dim, seqlen)", {p.batch, delta_dim, p.seqlen});
   p.delta_repeat = delta_dim < 1 ? 1 : p.dim / delta_dim;
@@ -98,8 +98,8 @@ Problem check(const Operands& x, bool delta_softplus, bool reverse, int64_t chun
 }
 
 Sequences find_sequences(const Operands& x, const Problem& p) {
-  Sequences found = sequences(p.batch, p.seqlen, x.seq_idx, x.cu_seqlens, x.initial_state, 3,
-                              p.reverse);
+  Sequences found =
+      sequences(p.batch, p.seqlen, x.seq_idx, x.cu_seqlens, x.initial_state, 3, p.reverse);
   if (x.initial_state && found.slots_by_id) {
     check_shape("initial_state", *x.initial_state, "(batch, sequence, dim, state)",
                 {p.batch, x.initial_state->size(1), p.dim, p.state});
@@ -162,16 +162,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan_fwd(
   const ScalarType compute = scalar_type(p.compute);
   Tensor y = empty_like(u, out_dtype ? *out_dtype : u.scalar_type());
   Tensor last_state = empty(u, state_sizes(p, found), compute);
-  Tensor states = empty(u, return_states ? Sizes{p.batch, p.seqlen, p.dim, p.state} : Sizes{0},
-                        compute);
-  Tensor chunk_states = empty(
-      u, save_chunk_states ? Sizes{p.batch, p.chunks(), p.state, p.dim} : Sizes{0}, compute);
+  Tensor states =
+      empty(u, return_states ? Sizes{p.batch, p.seqlen, p.dim, p.state} : Sizes{0}, compute);
+  Tensor chunk_states =
+      empty(u, save_chunk_states ? Sizes{p.batch, p.chunks(), p.state, p.dim} : Sizes{0}, compute);
   p.y = view<3>("out_dtype", y);
   p.last_state = slot_view("last_state", last_state);
   if (return_states) p.states = view<4>("states", states);
   if (save_chunk_states) p.chunk_states = chunk_states.data_ptr();
-  run_tasks([](const FwdParams& q, const Range& r) { fwd(q, r); }, p, p.tasks(),
-            p.scratch_bytes());
+  run_tasks([](const FwdParams& q, const Range& r) { fwd(q, r); }, p, p.tasks(), p.scratch_bytes());
   return {y, last_state, states, chunk_states};
 }
 
@@ -208,13 +207,14 @@ void add_up_tasks(const Tensor& partial, const Tensor& out, const BwdParams& p) 
 using BwdResult =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-BwdResult selective_scan_bwd(
-    const OptionalTensor& dy, const OptionalTensor& dlast_state, const OptionalTensor& dstates,
-    const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-    const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias,
-    const OptionalTensor& initial_state, const OptionalTensor& seq_idx,
-    const OptionalTensor& cu_seqlens, const Tensor& chunk_states, bool delta_softplus,
-    bool reverse, int64_t chunk) {
+BwdResult selective_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dlast_state,
+                             const OptionalTensor& dstates, const Tensor& u, const Tensor& delta,
+                             const Tensor& A, const Tensor& B, const Tensor& C,
+                             const OptionalTensor& D, const OptionalTensor& z,
+                             const OptionalTensor& delta_bias, const OptionalTensor& initial_state,
+                             const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens,
+                             const Tensor& chunk_states, bool delta_softplus, bool reverse,
+                             int64_t chunk) {
   const OptionalTensor h0 = contiguous(initial_state), dlast = contiguous(dlast_state);
   const Operands x{u, delta, A, B, C, D, z, delta_bias, h0, seq_idx, cu_seqlens};
   BwdParams p{};
@@ -242,8 +242,7 @@ BwdResult selective_scan_bwd(
   };
   Tensor du = like(u), dA = like(A), dB = like(B), dC = like(C), dD = like(D), dz = like(z);
   Tensor ddelta_bias = like(delta_bias);
-  Tensor ddelta =
-      p.delta_repeat == 1 ? like(delta) : empty(u, {p.batch, p.dim, p.seqlen}, compute);
+  Tensor ddelta = p.delta_repeat == 1 ? like(delta) : empty(u, {p.batch, p.dim, p.seqlen}, compute);
   Tensor dh0 = initial_state ? empty(u, state_sizes(p, found), initial_state->scalar_type())
                              : empty(u, {0}, compute);
   p.du = view<3>("du", du);
@@ -266,8 +265,7 @@ BwdResult selective_scan_bwd(
   p.dA = dA_parts.data_ptr(), p.dB = dB_parts.data_ptr(), p.dC = dC_parts.data_ptr();
   p.dD = dD_parts.data_ptr(), p.ddelta_bias = dbias_parts.data_ptr();
 
-  run_tasks([](const BwdParams& q, const Range& r) { bwd(q, r); }, p, p.tasks(),
-            p.scratch_bytes());
+  run_tasks([](const BwdParams& q, const Range& r) { bwd(q, r); }, p, p.tasks(), p.scratch_bytes());
 
   add_up_rows(dA_parts, dA, p);
   p.constant_B ? add_up_rows(dB_parts, dB, p) : add_up_tasks(dB_parts, dB, p);

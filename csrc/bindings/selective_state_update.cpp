@@ -128,8 +128,7 @@ std::vector<int64_t> slots_of(const Operands& x, const Form& f) {
   if (!x.slots) {
     if (slots != f.batch) {
       fail("state must have a slot for each of batch = " + std::to_string(f.batch) +
-           " elements unless state_batch_indices says which, got slots = " +
-           std::to_string(slots));
+           " elements unless state_batch_indices says which, got slots = " + std::to_string(slots));
     }
     return {};
   }
@@ -193,8 +192,7 @@ struct RowStrides {
   int64_t head, headdim;
 };
 
-RowStrides row_strides(const Tensor& t, int64_t first, bool whole, const Form& f,
-                       const Params& p) {
+RowStrides row_strides(const Tensor& t, int64_t first, bool whole, const Form& f, const Params& p) {
   const auto strides = t.strides();
   RowStrides s{};
   if (!f.heads) {
@@ -215,8 +213,7 @@ View<4> tokenwise_view(const char* name, const Tensor& t, const Form& f, const P
   return v;
 }
 
-View<2> parameter_view(const char* name, const OptionalTensor& t, const Form& f,
-                       const Params& p) {
+View<2> parameter_view(const char* name, const OptionalTensor& t, const Form& f, const Params& p) {
   if (!t) return {};
   View<2> v = bare<2>(name, *t);
   const RowStrides s = row_strides(*t, 0, t->dim() == 2, f, p);
@@ -312,8 +309,8 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
   Tensor y = compute_output ? empty(x, sizes_of(x), dtype) : empty(x, {0}, dtype);
   if (compute_output) p.y = tokenwise_view("out_dtype", y, f, p);
 
-  run_tasks([](const Params& q, const Range& r) { update(q, r); }, p, p.tasks(),
-            p.scratch_bytes(), grain(p));
+  run_tasks([](const Params& q, const Range& r) { update(q, r); }, p, p.tasks(), p.scratch_bytes(),
+            grain(p));
   return y;
 }
 

@@ -196,8 +196,8 @@ class Backward {
       const Piece& piece = (*p_.pieces)[i];
       const Segment& segment = p_.segments->segments[piece.segment];
       if (segment.padding) {
-        store_zeros(p_.dx, segment.batch, channel, channel + channels,
-                    segment.begin + piece.begin, segment.begin + piece.end, x_);
+        store_zeros(p_.dx, segment.batch, channel, channel + channels, segment.begin + piece.begin,
+                    segment.begin + piece.end, x_);
       } else {
         f(Sequence{p_, segment, p_.x, p_.initial_state}, piece);
       }
@@ -236,8 +236,7 @@ class Backward {
       }
       const int64_t b = s.segment.batch;
       walk_tiles(s, piece.begin, in.begin, channel, channels, sums_, true);
-      strips<R, kWidth>(element<const T>(p_.x, b, channel, s.time(in.begin)),
-                        p_.x.stride[2],
+      strips<R, kWidth>(element<const T>(p_.x, b, channel, s.time(in.begin)), p_.x.stride[2],
                         element<const T>(p_.dy, b, channel, s.segment.begin + in.begin),
                         p_.dy.stride[2], element<T>(p_.dx, b, channel, s.time(in.begin)),
                         p_.dx.stride[2], in.end - in.begin, filter_at<R>(p_, channel),
@@ -356,9 +355,9 @@ class Backward {
   const BwdParams& p_;
   int64_t group_, first_, end_;  // the pieces of the task
   int span_pitch_;
-  R *x_, *dy_, *dx_;                    // (position, channel)
-  R *carry_, *sums_, *unused_sums_;     // see Walk
-  R* dpre_;                             // see row
+  R *x_, *dy_, *dx_;                 // (position, channel)
+  R *carry_, *sums_, *unused_sums_;  // see Walk
+  R* dpre_;                          // see row
 };
 
 template <class R>

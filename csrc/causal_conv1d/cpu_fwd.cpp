@@ -127,8 +127,7 @@ class Forward {
       if (in.end <= in.begin) return tiles(s, piece.begin, piece.end, channel, channels);
       const int64_t b = s.segment.batch;
       tiles(s, piece.begin, in.begin, channel, channels);
-      filter_strips<R, kWidth>(element<const T>(p_.x, b, channel, s.time(in.begin)),
-                               p_.x.stride[2],
+      filter_strips<R, kWidth>(element<const T>(p_.x, b, channel, s.time(in.begin)), p_.x.stride[2],
                                element<T>(p_.y, b, channel, s.segment.begin + in.begin),
                                p_.y.stride[2], in.end - in.begin, filter_at<R>(p_, channel),
                                channels);

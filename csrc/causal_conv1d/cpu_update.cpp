@@ -103,8 +103,8 @@ class Update {
   void load_filter(int64_t channel, int rows, R* taps) {
     const Plane weight{p_.weight.data, p_.weight.dtype, p_.weight.stride[0], p_.weight.stride[1]};
     const Plane from = weight.at(channel, 0);
-    const bool quick = p_.width == 4 && rows == kLanes<R> && from.row_stride == 4 &&
-                       from.time_stride == 1;
+    const bool quick =
+        p_.width == 4 && rows == kLanes<R> && from.row_stride == 4 && from.time_stride == 1;
     if (quick) {
       with_type(from.dtype, [&](auto* type) {
         Vec<R> column[4];

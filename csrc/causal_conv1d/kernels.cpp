@@ -17,9 +17,7 @@ int64_t steps_for(int64_t channels, int64_t least) {
   return std::max(least, kTaskElements / std::max<int64_t>(channels, 1));
 }
 
-int64_t block_channels(const Problem& p) {
-  return std::min(p.dim, p.block_units * kUnit);
-}
+int64_t block_channels(const Problem& p) { return std::min(p.dim, p.block_units * kUnit); }
 
 int64_t rows_units(const Problem& p, int64_t steps) {
   const int64_t row = std::max<int64_t>(std::min(p.seqlen, steps), 1);
@@ -98,8 +96,8 @@ int64_t BwdParams::grain() const {
 
 int64_t BwdParams::scratch_bytes() const {
   const int64_t channels = block_channels(*this) + 2 * kUnit;
-  const int64_t scalars = 3 * kTile * (kTile + width - 1)           // tiles of x, dy, dx
-                          + (3 * width + 1) * channels              // carry, sums, unused sums
+  const int64_t scalars = 3 * kTile * (kTile + width - 1)             // tiles of x, dy, dx
+                          + (3 * width + 1) * channels                // carry, sums, unused sums
                           + (width + 1) * kUnit + 4 * kTile + width;  // of a row
   return scalars * element_bytes(compute) + 16 * 64;
 }

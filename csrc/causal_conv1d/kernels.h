@@ -112,11 +112,11 @@ struct UpdateParams {
   int64_t batch, dim, tokens, width, state_len;
   bool silu;
   DType compute;
-  View<3> x;       // (batch, dim, tokens)
-  View<3> state;   // (slot, dim, state_len)
-  View<2> weight;  // (dim, width)
-  View<1> bias;    // (dim), or absent
-  View<3> y;       // (batch, dim, tokens)
+  View<3> x;                 // (batch, dim, tokens)
+  View<3> state;             // (slot, dim, state_len)
+  View<2> weight;            // (dim, width)
+  View<1> bias;              // (dim), or absent
+  View<3> y;                 // (batch, dim, tokens)
   const int64_t* slots;      // (batch), negative: skip; or null: element b has slot b
   const int64_t* positions;  // (batch), where the first token goes in a circular state; or null
 

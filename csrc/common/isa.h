@@ -26,19 +26,27 @@ struct Range {
 }  // namespace statescan
 
 #if defined(STATESCAN_X86)
-#define STATESCAN_CPU_KERNEL(name, Params)                              \
-  namespace baseline { void name(const Params& p, const Range& range); } \
-  namespace avx2 { void name(const Params& p, const Range& range); }     \
-  namespace avx512 { void name(const Params& p, const Range& range); }   \
-  inline void name(const Params& p, const Range& range) {                \
-    switch (isa()) {                                                     \
-      case Isa::kAvx512: return avx512::name(p, range);                  \
-      case Isa::kAvx2: return avx2::name(p, range);                      \
-      case Isa::kBaseline: return baseline::name(p, range);              \
-    }                                                                    \
+#define STATESCAN_CPU_KERNEL(name, Params)                  \
+  namespace baseline {                                      \
+  void name(const Params& p, const Range& range);           \
+  }                                                         \
+  namespace avx2 {                                          \
+  void name(const Params& p, const Range& range);           \
+  }                                                         \
+  namespace avx512 {                                        \
+  void name(const Params& p, const Range& range);           \
+  }                                                         \
+  inline void name(const Params& p, const Range& range) {   \
+    switch (isa()) {                                        \
+      case Isa::kAvx512: return avx512::name(p, range);     \
+      case Isa::kAvx2: return avx2::name(p, range);         \
+      case Isa::kBaseline: return baseline::name(p, range); \
+    }                                                       \
   }
 #else
-#define STATESCAN_CPU_KERNEL(name, Params)                              \
-  namespace baseline { void name(const Params& p, const Range& range); } \
+#define STATESCAN_CPU_KERNEL(name, Params)        \
+  namespace baseline {                            \
+  void name(const Params& p, const Range& range); \
+  }                                               \
   inline void name(const Params& p, const Range& range) { baseline::name(p, range); }
 #endif

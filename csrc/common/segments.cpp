@@ -51,8 +51,9 @@ void give_slots_by_id(const int64_t* ids, int64_t b, int64_t slots, std::vector<
                                   std::to_string(slots) + ", got " + std::to_string(id));
     }
     if (seen[id]) {
-      throw std::invalid_argument("seq_idx " + std::to_string(id) + " comes back in batch element " +
-                                  std::to_string(b) + " after another sequence");
+      throw std::invalid_argument("seq_idx " + std::to_string(id) +
+                                  " comes back in batch element " + std::to_string(b) +
+                                  " after another sequence");
     }
     seen[id] = true;
     segment.initial_slot = segment.last_slot = b * slots + id;

@@ -149,9 +149,8 @@ template <int kBlock, bool kOdd, class V, int... kLane>
 STATESCAN_INLINE V interleave(V a, V b, std::integer_sequence<int, kLane...>) {
   constexpr int n = sizeof...(kLane);
   return shuffle(a, b,
-                 std::integer_sequence<int, ((kLane & kBlock)
-                                                 ? n + kLane - (kOdd ? 0 : kBlock)
-                                                 : kLane + (kOdd ? kBlock : 0))...>{});
+                 std::integer_sequence<int, ((kLane & kBlock) ? n + kLane - (kOdd ? 0 : kBlock)
+                                                              : kLane + (kOdd ? kBlock : 0))...>{});
 }
 
 template <class R, int kBlock, bool kOdd>

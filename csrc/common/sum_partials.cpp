@@ -31,9 +31,9 @@ void sum_tasks(const SumParams& p, const Range& range) {
     const int steps = int(left < SumParams::kSteps ? left : SumParams::kSteps);
     const R* from = static_cast<const R*>(p.partial) + (ij * p.size[2] + begin) * p.size[3];
     const int64_t i = ij / p.size[1], j = ij % p.size[1];
-    const Plane out = Plane{p.out.data, p.out.dtype, p.out.stride[3], p.out.stride[2]}
-                          .at(0, begin)
-                          .shifted(i * p.out.stride[0] + j * p.out.stride[1]);
+    const Plane out =
+        Plane{p.out.data, p.out.dtype, p.out.stride[3], p.out.stride[2]}.at(0, begin).shifted(
+            i * p.out.stride[0] + j * p.out.stride[1]);
     for (int64_t n = 0; n < p.size[3]; n += kRows) {
       const int rows = int(p.size[3] - n < kRows ? p.size[3] - n : kRows);
       const int pitch = tile_pitch<R>(rows);

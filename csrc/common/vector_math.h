@@ -23,8 +23,7 @@ STATESCAN_INLINE FloatVec exp2_fraction(FloatVec x) {
 #if defined(__AVX512F__)
 
 STATESCAN_INLINE FloatVec nearest(FloatVec x) {
-  return (FloatVec)_mm512_roundscale_ps((__m512)x,
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (FloatVec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
 // p * 2^n for whole n: overflows to infinity, underflows to 0 through the subnormals, keeps NaN.
@@ -42,7 +41,8 @@ STATESCAN_INLINE FloatVec nearest(FloatVec x) { return (x + 12582912.0f) - 12582
 STATESCAN_INLINE FloatVec scale_by_exp2(FloatVec p, FloatVec n) {
   const FloatVec low = splat(-127.0f), high = splat(128.0f);
   const FloatVec clamped = n < low ? low : n > high ? high : n;
-  const IntVec half = __builtin_convertvector(clamped, IntVec) >> 1;  // two steps: 2^128 has no float
+  const IntVec half =
+      __builtin_convertvector(clamped, IntVec) >> 1;  // two steps: 2^128 has no float
   const IntVec rest = __builtin_convertvector(clamped, IntVec) - half;
   const FloatVec scaled = p * (FloatVec)((half + 127) << 23) * (FloatVec)((rest + 127) << 23);
   const FloatVec flushed = n < -126.0f ? FloatVec{} : scaled;
@@ -128,8 +128,8 @@ STATESCAN_INLINE FloatVec sigmoid(FloatVec x) {
 
 // ---- double
 
-#define STATESCAN_EACH_LANE(expression)                       \
-  DoubleVec y;                                                \
+#define STATESCAN_EACH_LANE(expression)                         \
+  DoubleVec y;                                                  \
   for (int i = 0; i < kLanes<double>; ++i) y[i] = (expression); \
   return y;
 

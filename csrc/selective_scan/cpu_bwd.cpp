@@ -150,11 +150,10 @@ class Backward {
   Backward(const BwdParams& p, void* memory) : p_(p) {
     Scratch scratch(memory);
     const int64_t lanes = p.chunk * kLanes<R>;
-    const int64_t table = (p.task_channels() + kLanes<R>) * p.state;
+    const int64_t table = (p.task_channels() + kLanes<R>)*p.state;
     pitch_ = tile_pitch<R>(int(p.state));
     for (R** tile : {&B_, &C_, &dB_, &dC_}) *tile = scratch.take<R>(p.chunk * pitch_);
-    for (R** tile : {&u_, &delta_, &delta_u_, &slope_, &dy_, &z_, &y_, &d_delta_,
-                     &d_delta_u_}) {
+    for (R** tile : {&u_, &delta_, &delta_u_, &slope_, &dy_, &z_, &y_, &d_delta_, &d_delta_u_}) {
       *tile = scratch.take<R>(lanes);
     }
     for (R** t : {&A_, &A_log2e_, &dA_, &dh_}) *t = scratch.take<R>(table);
@@ -243,8 +242,8 @@ class Backward {
     }
     if (segment.initial_slot < 0 || !p_.dinitial_state) return;
     for_blocks([&](int64_t channel, int rows, int64_t offset) {
-      store_tile(plane(p_.dinitial_state, segment.initial_slot, channel, 0), rows,
-                 int(p_.state), dh_ + offset, kLanes<R>);
+      store_tile(plane(p_.dinitial_state, segment.initial_slot, channel, 0), rows, int(p_.state),
+                 dh_ + offset, kLanes<R>);
     });
   }
 
@@ -333,8 +332,8 @@ class Backward {
         store(h0_ + n * kLanes<R>, load_first(from + n * p_.dim + channel, rows));
       }
     } else if (segment.initial_slot >= 0 && p_.initial_state) {  // the first piece of its segment
-      load_tile(plane(p_.initial_state, segment.initial_slot, channel, 0), rows, int(p_.state),
-                h0_, kLanes<R>);
+      load_tile(plane(p_.initial_state, segment.initial_slot, channel, 0), rows, int(p_.state), h0_,
+                kLanes<R>);
     }
   }
 
@@ -345,11 +344,27 @@ class Backward {
       constexpr int kN = size();
       constexpr bool kB = B_is_constant(), kC = C_is_constant();
       const int64_t table = offset + n * kLanes<R>;
-      const Steps<R> s{steps, first, step, delta_, delta_u_, dy_, y_, d_delta_, d_delta_u_,
-                       A_ + table, A_log2e_ + table, kB ? B_table_ + table : B_ + n,
-                       kC ? C_table_ + table : C_ + n, kB ? dB_table_ + table : dB_ + n,
-                       kC ? dC_table_ + table : dC_ + n, pitch_, h0_ + n * kLanes<R>, dh_ + table,
-                       dA_ + table, h_, a_};
+      const Steps<R> s{steps,
+                       first,
+                       step,
+                       delta_,
+                       delta_u_,
+                       dy_,
+                       y_,
+                       d_delta_,
+                       d_delta_u_,
+                       A_ + table,
+                       A_log2e_ + table,
+                       kB ? B_table_ + table : B_ + n,
+                       kC ? C_table_ + table : C_ + n,
+                       kB ? dB_table_ + table : dB_ + n,
+                       kC ? dC_table_ + table : dC_ + n,
+                       pitch_,
+                       h0_ + n * kLanes<R>,
+                       dh_ + table,
+                       dA_ + table,
+                       h_,
+                       a_};
       recompute<R, kN, kB, kC>(s);
       if (!p_.dstates) {
         walk_back<R, kN, kB, kC>(s, [](int, Vec<R>*) {});
@@ -408,10 +423,10 @@ class Backward {
   Channels c_;
   int64_t row_group_;
   int pitch_;
-  R *B_, *C_, *dB_, *dC_;                                            // (step, pitch)
-  R *u_, *delta_, *delta_u_, *slope_, *dy_, *z_, *y_;                // (step, lane)
-  R *d_delta_, *d_delta_u_;                                          // (step, lane)
-  R *A_, *A_log2e_, *dA_, *dh_;                                      // (block, state, lane)
+  R *B_, *C_, *dB_, *dC_;                              // (step, pitch)
+  R *u_, *delta_, *delta_u_, *slope_, *dy_, *z_, *y_;  // (step, lane)
+  R *d_delta_, *d_delta_u_;                            // (step, lane)
+  R *A_, *A_log2e_, *dA_, *dh_;                        // (block, state, lane)
   R *B_table_, *C_table_, *dB_table_, *dC_table_, *h0_, *dD_, *dbias_;
   R *h_, *a_;
 };

@@ -103,8 +103,8 @@ class Forward {
     for_blocks([&](int64_t channel, int rows, int64_t offset) {
       for (int64_t i = 0; i < p_.state * kLanes<R>; ++i) h_[offset + i] = 0;
       if (segment.initial_slot >= 0 && p_.initial_state) {
-        load_tile(plane(p_.initial_state, segment.initial_slot, channel, 0), rows,
-                  int(p_.state), h_ + offset, kLanes<R>);
+        load_tile(plane(p_.initial_state, segment.initial_slot, channel, 0), rows, int(p_.state),
+                  h_ + offset, kLanes<R>);
       }
     });
     const int64_t pieces = piece_count(p_, segment);
@@ -177,19 +177,18 @@ class Forward {
     const int first = p_.reverse ? steps - 1 : 0, step = p_.reverse ? -1 : 1;
     auto walk_block = [&](auto size, int64_t n, auto B_is_constant, auto C_is_constant) {
       constexpr int kN = size();
-      const Steps<R> s{steps,
-                       step,
-                       delta_ + first * kLanes<R>,
-                       u_ + first * kLanes<R>,
-                       y_ + first * kLanes<R>,
-                       A_ + offset + n * kLanes<R>,
-                       B_is_constant() ? constant_B_ + offset + n * kLanes<R>
-                                       : B_ + first * pitch_ + n,
-                       C_is_constant() ? constant_C_ + offset + n * kLanes<R>
-                                       : C_ + first * pitch_ + n,
-                       B_is_constant() ? 0 : step * pitch_,
-                       C_is_constant() ? 0 : step * pitch_,
-                       h_ + offset + n * kLanes<R>};
+      const Steps<R> s{
+          steps,
+          step,
+          delta_ + first * kLanes<R>,
+          u_ + first * kLanes<R>,
+          y_ + first * kLanes<R>,
+          A_ + offset + n * kLanes<R>,
+          B_is_constant() ? constant_B_ + offset + n * kLanes<R> : B_ + first * pitch_ + n,
+          C_is_constant() ? constant_C_ + offset + n * kLanes<R> : C_ + first * pitch_ + n,
+          B_is_constant() ? 0 : step * pitch_,
+          C_is_constant() ? 0 : step * pitch_,
+          h_ + offset + n * kLanes<R>};
       if (!p_.states) {
         walk<R, kN, B_is_constant(), C_is_constant()>(s, [](int, const Vec<R>*) {});
         return;
@@ -218,10 +217,10 @@ class Forward {
     const View<4>& x = p_.states;
     for (int i = 0; i < count; ++i) {
       for (int r = 0; r < rows; ++r) {
-        store_scalar<R>(x.dtype, x.data,
-                        b * x.stride[0] + t * x.stride[1] + (channel + r) * x.stride[2] +
-                            (n + i) * x.stride[3],
-                        h[i][r]);
+        store_scalar<R>(
+            x.dtype, x.data,
+            b * x.stride[0] + t * x.stride[1] + (channel + r) * x.stride[2] + (n + i) * x.stride[3],
+            h[i][r]);
       }
     }
   }

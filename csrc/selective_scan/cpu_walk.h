@@ -24,7 +24,8 @@ struct Channels {
 };
 
 STATESCAN_INLINE Channels task_channels(const Problem& p, int64_t channel_task) {
-  const int64_t group = channel_task / p.tasks_per_group(), part = channel_task % p.tasks_per_group();
+  const int64_t group = channel_task / p.tasks_per_group(),
+                part = channel_task % p.tasks_per_group();
   const int64_t begin = group * p.group_dim() + part * p.task_channels();
   const int64_t group_end = (group + 1) * p.group_dim();
   const int64_t end = begin + p.task_channels();
@@ -50,16 +51,16 @@ STATESCAN_INLINE Piece piece_at(const Problem& p, const Segment& s, int64_t i) {
   const int64_t chunk_begin = chunk * p.chunk;
   int64_t chunk_end = chunk_begin + p.chunk;
   if (chunk_end > p.seqlen) chunk_end = p.seqlen;
-  Piece piece{chunk_begin > s.begin ? chunk_begin : s.begin,
-              chunk_end < s.end ? chunk_end : s.end, chunk, false};
+  Piece piece{chunk_begin > s.begin ? chunk_begin : s.begin, chunk_end < s.end ? chunk_end : s.end,
+              chunk, false};
   piece.entry = p.reverse ? piece.end == chunk_end : piece.begin == chunk_begin;
   return piece;
 }
 
 // The rows n of B or C at one batch element and group, from `time` on.
 STATESCAN_INLINE Plane plane(const View<4>& x, int64_t batch, int64_t group, int64_t time) {
-  return Plane{x.data, x.dtype, x.stride[2], x.stride[3]}.at(0, time).shifted(
-      batch * x.stride[0] + group * x.stride[1]);
+  return Plane{x.data, x.dtype, x.stride[2], x.stride[3]}.at(0, time).shifted(batch * x.stride[0] +
+                                                                              group * x.stride[1]);
 }
 
 // The part of a tensor that the block of channels after this one will read: of this piece, or of the

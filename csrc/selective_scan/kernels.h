@@ -35,15 +35,15 @@ struct Problem {
 };
 
 struct FwdParams : Problem {
-  View<3> u, delta, z;      // (batch, dim, seqlen); delta (batch, dim / delta_repeat, seqlen)
-  View<2> A;                // (dim, state)
-  View<4> B, C;             // (batch, group, state, seqlen); constant: strides (0, dim, state, 0)
-  View<1> D, delta_bias;    // (dim), (dim / delta_repeat)
-  View<3> initial_state;    // (slot, dim, state)
-  View<3> y;                // (batch, dim, seqlen)
-  View<3> last_state;       // (slot, dim, state)
-  View<4> states;           // (batch, seqlen, dim, state), or absent
-  void* chunk_states;       // (batch, chunks, state, dim) in the compute type, or null
+  View<3> u, delta, z;    // (batch, dim, seqlen); delta (batch, dim / delta_repeat, seqlen)
+  View<2> A;              // (dim, state)
+  View<4> B, C;           // (batch, group, state, seqlen); constant: strides (0, dim, state, 0)
+  View<1> D, delta_bias;  // (dim), (dim / delta_repeat)
+  View<3> initial_state;  // (slot, dim, state)
+  View<3> y;              // (batch, dim, seqlen)
+  View<3> last_state;     // (slot, dim, state)
+  View<4> states;         // (batch, seqlen, dim, state), or absent
+  void* chunk_states;     // (batch, chunks, state, dim) in the compute type, or null
 
   int64_t tasks() const { return segments->rows() * channel_tasks(); }
   int64_t scratch_bytes() const;
@@ -64,8 +64,8 @@ struct BwdParams : Problem {
   View<3> ddelta;          // (batch, dim, seqlen), not yet summed over delta_repeat
   View<3> dinitial_state;  // (slot, dim, state), or absent
   // Partial sums, in the compute type, for common/sum_partials.h to add up in order.
-  void* dA;           // (row group, dim, state)
-  void* dB;           // (task of the group, batch, group, seqlen, state); constant: like dA
+  void* dA;  // (row group, dim, state)
+  void* dB;  // (task of the group, batch, group, seqlen, state); constant: like dA
   void* dC;
   void* dD;           // (row group, dim)
   void* ddelta_bias;  // (row group, dim)

@@ -30,7 +30,7 @@ struct Rows {
   const R* dt_x;  // (row)
   const R* B;     // (state), zeros up to a whole vector
   const R* C;
-  R* y;           // (row), whole vectors
+  R* y;  // (row), whole vectors
   int64_t h_pitch, A_pitch;
 };
 
@@ -223,8 +223,7 @@ class Update {
   }
 
  private:
-  static constexpr DType kCompute =
-      std::is_same_v<R, double> ? DType::kFloat64 : DType::kFloat32;
+  static constexpr DType kCompute = std::is_same_v<R, double> ? DType::kFloat64 : DType::kFloat32;
   // Kernels that read a 16-bit state as it is. double is for checks: it goes through scratch.
   static constexpr bool kNarrow = std::is_same_v<R, float>;
 
@@ -241,8 +240,7 @@ class Update {
   }
   // What belongs to the rows of this task.
   Line of_rows(const View<4>& x, int64_t t) const {
-    return line(x,
-                b_ * x.stride[0] + t * x.stride[1] + head_ * x.stride[2] + row_ * x.stride[3],
+    return line(x, b_ * x.stride[0] + t * x.stride[1] + head_ * x.stride[2] + row_ * x.stride[3],
                 x.stride[3]);
   }
   Line of_rows(const View<2>& x) const {
@@ -306,12 +304,16 @@ class Update {
   template <class T>
   void update_state(T* h, int64_t h_pitch) {
     const Plane A = A_plane();
-    const Rows<R, T> rows{rows_, int(p_.state),
+    const Rows<R, T> rows{rows_,
+                          int(p_.state),
                           h,
                           A_in_place_ ? static_cast<const R*>(A.data) : A_,
-                          step_, dt_x_,
-                          B_,    C_,
-                          y_,    h_pitch,
+                          step_,
+                          dt_x_,
+                          B_,
+                          C_,
+                          y_,
+                          h_pitch,
                           A_in_place_ ? A.time_stride : pitch_};
     if (row_decay_) {
       return p_.compute_output ? update_rows<true, true>(rows) : update_rows<true, false>(rows);
@@ -344,7 +346,7 @@ class Update {
 
   const Params& p_;
   int pitch_;
-  bool row_decay_;               // A is the same for all n: one decay for a row
+  bool row_decay_;                // A is the same for all n: one decay for a row
   bool A_in_place_, h_in_place_;  // read where they are, not through scratch
   int64_t b_ = 0, head_ = 0, row_ = 0;
   int rows_ = 0;

@@ -32,9 +32,7 @@ struct Params {
   View<4> y;        // (batch, token, head, headdim), absent without compute_output
 
   // One step size, and with it one decay, serves a whole head.
-  bool step_is_tied() const {
-    return dt.stride[3] == 0 && (!dt_bias || dt_bias.stride[1] == 0);
-  }
+  bool step_is_tied() const { return dt.stride[3] == 0 && (!dt_bias || dt_bias.stride[1] == 0); }
   bool decay_is_tied() const { return step_is_tied() && A.stride[1] == 0 && A.stride[2] == 0; }
 
   // About 4096 numbers of the state: 16 KB, half of a first-level cache, and enough work for what a

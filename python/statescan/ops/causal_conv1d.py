@@ -173,7 +173,9 @@ def _silu(activation: str | None) -> bool:
     try:
         return _ACTIVATIONS[activation]
     except (KeyError, TypeError):
-        raise ValueError(f'activation must be None, "silu" or "swish", got {activation!r}') from None
+        raise ValueError(
+            f'activation must be None, "silu" or "swish", got {activation!r}'
+        ) from None
 
 
 @torch.library.register_fake("statescan::causal_conv1d_fwd")

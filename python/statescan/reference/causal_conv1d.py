@@ -1,4 +1,4 @@
-"""Reference of the short convolution: one shifted product for each tap, a loop over sequences around."""
+"""Reference of the short convolution: one shifted product for each tap; a loop over sequences."""
 
 from itertools import groupby, pairwise
 
@@ -57,10 +57,7 @@ def _filter(x, weight, bias, state, mode):
     if mode == "anticausal":  # the mirror image in time
         y, final = _filter(x.flip(-1), weight, bias, state.flip(-1), "causal")
         return y.flip(-1), final.flip(-1)
-    if mode == "same":
-        padded = F.pad(x, ((width - 1) // 2,) * 2)
-    else:
-        padded = torch.cat([state, x], -1)
+    padded = F.pad(x, ((width - 1) // 2,) * 2) if mode == "same" else torch.cat([state, x], -1)
     y = sum(weight[:, k, None] * padded[..., k : k + seqlen] for k in range(width))
     if bias is not None:
         y = y + bias.to(y.dtype)[:, None]
