@@ -412,7 +412,7 @@ def test_zero_step_leaves_the_state_bit_for_bit():
 
 def test_elementary_functions_are_accurate_to_the_last_places():
     """softplus, exp and silu over their whole range, each brought out by itself."""
-    x = torch.linspace(-87, 87, 40001)[None, None]
+    x = torch.linspace(-86, 86, 40001)[None, None]
     one, zero = torch.ones_like(x), torch.zeros_like(x)
     A = torch.zeros(1, 1)
     softplus = statescan.selective_scan(

@@ -9,6 +9,34 @@
 namespace statescan {
 inline namespace STATESCAN_ISA {
 
+// max(x, low) and min(x, high), where NaN stays NaN. One instruction each: the compiler would make a
+// comparison and a blend, by way of a mask register.
+STATESCAN_INLINE FloatVec at_least(FloatVec x, float low) {
+  const FloatVec l = splat(low);
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_max_ps((__m512)l, (__m512)x);
+#elif defined(__AVX2__)
+  return (FloatVec)_mm256_max_ps((__m256)l, (__m256)x);
+#elif defined(__SSE2__)
+  return (FloatVec)_mm_max_ps((__m128)l, (__m128)x);
+#else
+  return x < l ? l : x;
+#endif
+}
+
+STATESCAN_INLINE FloatVec at_most(FloatVec x, float high) {
+  const FloatVec h = splat(high);
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_min_ps((__m512)h, (__m512)x);
+#elif defined(__AVX2__)
+  return (FloatVec)_mm256_min_ps((__m256)h, (__m256)x);
+#elif defined(__SSE2__)
+  return (FloatVec)_mm_min_ps((__m128)h, (__m128)x);
+#else
+  return x > h ? h : x;
+#endif
+}
+
 // x is in [-1/2, 1/2] after the nearest whole number has been taken off. Coefficients by
 // iteratively reweighted least squares on the relative error, constant term held at 1: 9e-8.
 STATESCAN_INLINE FloatVec exp2_fraction(FloatVec x) {
@@ -37,16 +65,12 @@ STATESCAN_INLINE FloatVec scale_by_exp2(FloatVec p, FloatVec n) {
 // Beyond +-2^22 the result is wrong but whole, which is all scale_by_exp2 needs of it.
 STATESCAN_INLINE FloatVec nearest(FloatVec x) { return (x + 12582912.0f) - 12582912.0f; }
 
-// As above, but what would be subnormal becomes 0.
+// As above, but what is below 2^-125 becomes 0. The exponent is made one too small and p twice as
+// large, so that 2^128 needs no second step.
 STATESCAN_INLINE FloatVec scale_by_exp2(FloatVec p, FloatVec n) {
-  const FloatVec low = splat(-127.0f), high = splat(128.0f);
-  const FloatVec clamped = n < low ? low : n > high ? high : n;
-  const IntVec half =
-      __builtin_convertvector(clamped, IntVec) >> 1;  // two steps: 2^128 has no float
-  const IntVec rest = __builtin_convertvector(clamped, IntVec) - half;
-  const FloatVec scaled = p * (FloatVec)((half + 127) << 23) * (FloatVec)((rest + 127) << 23);
-  const FloatVec flushed = n < -126.0f ? FloatVec{} : scaled;
-  return n == n ? flushed : n;
+  const FloatVec in_range = at_most(at_least(n, -126.0f), 129.0f);
+  const IntVec exponent = __builtin_convertvector(in_range, IntVec) + 126;
+  return (p + p) * (FloatVec)(exponent << 23);
 }
 
 #endif
@@ -54,21 +78,6 @@ STATESCAN_INLINE FloatVec scale_by_exp2(FloatVec p, FloatVec n) {
 STATESCAN_INLINE FloatVec exp2(FloatVec x) {
   const FloatVec n = nearest(x);
   return scale_by_exp2(exp2_fraction(x - n), n);
-}
-
-// NaN stays NaN. The compiler would make a comparison and a blend of each bound.
-STATESCAN_INLINE FloatVec clamp(FloatVec x, float low, float high) {
-  const FloatVec l = splat(low), h = splat(high);
-#if defined(__AVX512F__)
-  return (FloatVec)_mm512_min_ps((__m512)h, _mm512_max_ps((__m512)l, (__m512)x));
-#elif defined(__AVX2__)
-  return (FloatVec)_mm256_min_ps((__m256)h, _mm256_max_ps((__m256)l, (__m256)x));
-#elif defined(__SSE2__)
-  return (FloatVec)_mm_min_ps((__m128)h, _mm_max_ps((__m128)l, (__m128)x));
-#else
-  x = x < l ? l : x;
-  return x > h ? h : x;
-#endif
 }
 
 // x in [-105, 90], or NaN: far outside, the remainder r would no longer be small.
@@ -84,7 +93,7 @@ STATESCAN_INLINE FloatVec exp_within(FloatVec x) {
 }
 
 // Beyond these bounds the result is 0 or infinity.
-STATESCAN_INLINE FloatVec exp(FloatVec x) { return exp_within(clamp(x, -105.0f, 90.0f)); }
+STATESCAN_INLINE FloatVec exp(FloatVec x) { return exp_within(at_most(at_least(x, -105.0f), 90.0f)); }
 
 // 1 / x for normal x whose reciprocal is normal. A division occupies the divider for ten cycles and
 // more; where there is an estimate of 14 bits, one Newton step makes it 27.
@@ -107,23 +116,24 @@ STATESCAN_INLINE FloatVec log1p_unit(FloatVec s) {
   return 2.0f * (z + z * (zz * p));
 }
 
-STATESCAN_INLINE FloatVec abs(FloatVec x) { return x < 0.0f ? -x : x; }
+STATESCAN_INLINE FloatVec minus_abs(FloatVec x) { return (FloatVec)((IntVec)x | INT32_MIN); }
 
 // log(1 + e^x) = max(x, 0) + log(1 + e^-|x|). Linear above 20, where the two agree in float.
 STATESCAN_INLINE FloatVec softplus(FloatVec x) {
-  return (x < 0.0f ? FloatVec{} : x) + log1p_unit(exp(-abs(x)));
+  const FloatVec e = exp_within(at_least(minus_abs(x), -105.0f));
+  return at_least(x, 0.0f) + log1p_unit(e);
 }
 
 // softplus(x), and its derivative: sigmoid(x), cut to 1 above 20; one exponential for both.
 STATESCAN_INLINE FloatVec softplus(FloatVec x, FloatVec& slope) {
-  const FloatVec e = exp(-abs(x)), r = reciprocal(1.0f + e);
+  const FloatVec e = exp_within(at_least(minus_abs(x), -105.0f)), r = reciprocal(1.0f + e);
   slope = x > 20.0f ? FloatVec{} + 1.0f : x < 0.0f ? e * r : r;
-  return (x < 0.0f ? FloatVec{} : x) + log1p_unit(e);
+  return at_least(x, 0.0f) + log1p_unit(e);
 }
 
 // e^87 keeps the reciprocal normal; sigmoid(-87) is 2e-38 and x sigmoid(x) no better than 0.
 STATESCAN_INLINE FloatVec sigmoid(FloatVec x) {
-  return reciprocal(1.0f + exp_within(clamp(-x, -105.0f, 87.0f)));
+  return reciprocal(1.0f + exp_within(at_most(at_least(-x, -105.0f), 87.0f)));
 }
 
 // ---- double
