@@ -160,8 +160,9 @@ class Backward {
     for (R** t : {&B_table_, &dB_table_}) *t = scratch.take<R>(p.constant_B ? table : 0);
     for (R** t : {&C_table_, &dC_table_}) *t = scratch.take<R>(p.constant_C ? table : 0);
     h0_ = scratch.take<R>(p.state * kLanes<R>);
-    dD_ = scratch.take<R>(p.task_channels() + kLanes<R>);
-    dbias_ = scratch.take<R>(p.task_channels() + kLanes<R>);
+    for (R** x : {&D_, &bias_, &dD_, &dbias_}) {
+      *x = scratch.take<R>(p.task_channels() + kLanes<R>);
+    }
     const int64_t held = (p.state < 16 ? p.state : 16) * kLanes<R>;
     h_ = scratch.take<R>((p.chunk + 1) * held);
     a_ = scratch.take<R>(p.chunk * held);
@@ -200,6 +201,9 @@ class Backward {
       load_table(A, channel, rows, p_.state, R(1), A_ + offset);
       load_table(A, channel, rows, p_.state, R(kLog2e), A_log2e_ + offset);
       clear(dA_ + offset, count);
+      store(D_ + channel - c_.begin, load_parameter<R>(p_.D, channel, rows, 0));
+      store(bias_ + channel - c_.begin,
+            load_parameter<R>(p_.delta_bias, channel, rows, 0, p_.delta_repeat));
       if (p_.constant_B) {
         load_table(p_.B, channel, rows, p_.state, R(1), B_table_ + offset);
         clear(dB_table_ + offset, count);
@@ -272,7 +276,7 @@ class Backward {
         }
         load_h0(segment, piece, channel, rows);
         scan(b, piece, channel, rows, offset);
-        combine(piece, channel, rows);
+        combine(piece, channel);
       }
       store_tile(plane(p_.du, b, channel, piece.begin), rows, steps, u_, kLanes<R>);
       store_tile(plane(p_.ddelta, b, channel, piece.begin), rows, steps, delta_, kLanes<R>);
@@ -300,8 +304,7 @@ class Backward {
       clear(dy_, steps * kLanes<R>);
     }
     if (p_.z) load_tile(plane(p_.z, b, channel, piece.begin), rows, steps, z_, kLanes<R>);
-    const Vec<R> D = load_parameter<R>(p_.D, channel, rows, 0);
-    const Vec<R> bias = load_parameter<R>(p_.delta_bias, channel, rows, 0, p_.delta_repeat);
+    const Vec<R> D = load(D_ + channel - c_.begin), bias = load(bias_ + channel - c_.begin);
     for (int i = 0; i < steps * kLanes<R>; i += kLanes<R>) {
       Vec<R> delta = load(delta_ + i) + bias;
       if (p_.delta_softplus) {
@@ -401,8 +404,8 @@ class Backward {
   }
 
   // The tiles u, delta and z become their own gradients.
-  void combine(const Piece& piece, int64_t channel, int rows) {
-    const Vec<R> D = load_parameter<R>(p_.D, channel, rows, 0);
+  void combine(const Piece& piece, int64_t channel) {
+    const Vec<R> D = load(D_ + channel - c_.begin);
     Vec<R> dD{}, dbias{};
     for (int i = 0; i < piece.steps() * kLanes<R>; i += kLanes<R>) {
       const Vec<R> u = load(u_ + i), dy = load(dy_ + i), d_delta_u = load(d_delta_u_ + i);
@@ -427,7 +430,7 @@ class Backward {
   R *u_, *delta_, *delta_u_, *slope_, *dy_, *z_, *y_;  // (step, lane)
   R *d_delta_, *d_delta_u_;                            // (step, lane)
   R *A_, *A_log2e_, *dA_, *dh_;                        // (block, state, lane)
-  R *B_table_, *C_table_, *dB_table_, *dC_table_, *h0_, *dD_, *dbias_;
+  R *B_table_, *C_table_, *dB_table_, *dC_table_, *h0_, *D_, *bias_, *dD_, *dbias_;
   R *h_, *a_;
 };
 

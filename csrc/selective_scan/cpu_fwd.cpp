@@ -71,6 +71,8 @@ class Forward {
     y_ = scratch.take<R>(p.chunk * kLanes<R>);
     h_ = scratch.take<R>(channels * p.state);
     A_ = scratch.take<R>(channels * p.state);
+    D_ = scratch.take<R>(channels);
+    bias_ = scratch.take<R>(channels);
     constant_B_ = scratch.take<R>(p.constant_B ? channels * p.state : 0);
     constant_C_ = scratch.take<R>(p.constant_C ? channels * p.state : 0);
   }
@@ -81,6 +83,9 @@ class Forward {
     for_blocks([&](int64_t channel, int rows, int64_t offset) {
       const View<4> A{p_.A.data, p_.A.dtype, {0, p_.A.stride[0], p_.A.stride[1], 0}};
       load_table(A, channel, rows, p_.state, R(kLog2e), A_ + offset);
+      store(D_ + channel - c_.begin, load_parameter<R>(p_.D, channel, rows, 0));
+      store(bias_ + channel - c_.begin,
+            load_parameter<R>(p_.delta_bias, channel, rows, 0, p_.delta_repeat));
       if (p_.constant_B) load_table(p_.B, channel, rows, p_.state, R(1), constant_B_ + offset);
       if (p_.constant_C) load_table(p_.C, channel, rows, p_.state, R(1), constant_C_ + offset);
     });
@@ -160,8 +165,7 @@ class Forward {
     load_tile(plane(p_.u, b, channel, piece.begin), rows, steps, u_, kLanes<R>);
     load_tile(plane(p_.delta, b, 0, piece.begin), rows, steps, delta_, kLanes<R>, p_.delta_repeat,
               channel);
-    const Vec<R> D = load_parameter<R>(p_.D, channel, rows, 0);
-    const Vec<R> bias = load_parameter<R>(p_.delta_bias, channel, rows, 0, p_.delta_repeat);
+    const Vec<R> D = load(D_ + channel - c_.begin), bias = load(bias_ + channel - c_.begin);
     for (int i = 0; i < steps * kLanes<R>; i += kLanes<R>) {
       Vec<R> delta = load(delta_ + i) + bias;
       if (p_.delta_softplus) delta = softplus(delta);
@@ -243,7 +247,7 @@ class Forward {
   const FwdParams& p_;
   Channels c_;
   int pitch_;
-  R *B_, *C_, *u_, *delta_, *y_, *h_, *A_, *constant_B_, *constant_C_;
+  R *B_, *C_, *u_, *delta_, *y_, *h_, *A_, *D_, *bias_, *constant_B_, *constant_C_;
 };
 
 template <class R>

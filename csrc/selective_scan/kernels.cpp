@@ -13,9 +13,9 @@ int64_t pitch(int64_t state) { return (state + kWidest - 1) / kWidest * kWidest;
 
 int64_t FwdParams::scratch_bytes() const {
   const int64_t channels = task_channels() + kWidest;
-  const int64_t scalars = 2 * chunk * pitch(state)  // B, C
-                          + 3 * chunk * kWidest     // u, delta, y
-                          + 4 * channels * state;   // h, A, constant B and C
+  const int64_t scalars = 2 * chunk * pitch(state)                // B, C
+                          + 3 * chunk * kWidest                   // u, delta, y
+                          + 4 * channels * state + 2 * channels;  // h, A, constant B and C
   return scalars * scalar_bytes(compute) + 16 * 64;
 }
 
@@ -24,7 +24,7 @@ int64_t BwdParams::scratch_bytes() const {
   const int64_t scalars = 4 * chunk * pitch(state)           // B, C and gradients
                           + 10 * chunk * kWidest             // see Backward
                           + 8 * channels * state             // tables
-                          + state * kWidest + 2 * channels   // h0, dD, ddelta_bias
+                          + state * kWidest + 4 * channels   // h0, dD, ddelta_bias
                           + (2 * chunk + 1) * 16 * kWidest;  // h and a of every step
   return scalars * scalar_bytes(compute) + 40 * 64;
 }
