@@ -272,11 +272,13 @@ void check_device(const Operands& x) {
   if (x.dt_bias) check_cpu("dt_bias", *x.dt_bias);
 }
 
-// Tasks that a thread takes at once. Up to 64 K numbers (10 us) a second thread would cost what it
-// brings; beyond, 64 shares are even enough, and neighbours in a share reuse B and C.
+// Tasks that a thread takes at once. A number of the state whose decay needs an exponential of its own
+// weighs as much as four that share one. Up to 256 K of the latter (20 us) a second thread costs more
+// than it brings; beyond, 64 shares are even enough, and neighbours in a share reuse B and C.
 int64_t grain(const Params& p) {
   const int64_t numbers = p.batch * p.tokens * p.heads * p.headdim * p.state;
-  return numbers <= 65536 ? p.tasks() : p.tasks() / 64 + 1;
+  const int64_t weight = p.A.stride[2] == 0 ? 1 : 4;
+  return numbers * weight <= (1 << 18) ? p.tasks() : p.tasks() / 64 + 1;
 }
 
 Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor& dt,
