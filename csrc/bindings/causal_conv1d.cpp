@@ -245,13 +245,10 @@ Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Ten
     fail("conv_state must have state_len of at least width - 1 = " + std::to_string(p.width - 1) +
          ", got " + std::to_string(p.state_len));
   }
-  const std::vector<int64_t> indices =
-      per_element("conv_state_indices", conv_state_indices, p.batch);
-  for (int64_t i : indices) {
-    if (i >= slots) {
-      fail("conv_state_indices must be below the slots of conv_state = " + std::to_string(slots) +
-           ", got " + std::to_string(i));
-    }
+  check_not_expanded("conv_state", conv_state);
+  std::vector<int64_t> indices;
+  if (conv_state_indices) {
+    indices = slot_indices("conv_state_indices", *conv_state_indices, p.batch, slots);
   }
   const std::vector<int64_t> positions = per_element("cache_seqlens", cache_seqlens, p.batch);
   p.silu = silu;

@@ -132,25 +132,7 @@ std::vector<int64_t> slots_of(const Operands& x, const Form& f) {
     }
     return {};
   }
-  check_cpu("state_batch_indices", *x.slots);
-  if (!has_shape(*x.slots, {f.batch})) {
-    fail_shape("state_batch_indices", *x.slots, "(batch)", {f.batch});
-  }
-  std::vector<int64_t> chosen = integers("state_batch_indices", *x.slots);
-  std::vector<bool> taken(slots);
-  for (int64_t slot : chosen) {
-    if (slot < 0) continue;
-    if (slot >= slots) {
-      fail("state_batch_indices must be less than slots = " + std::to_string(slots) + ", got " +
-           std::to_string(slot));
-    }
-    if (taken[slot]) {
-      fail("state_batch_indices must name each slot once, got " + std::to_string(slot) +
-           " twice: two batch elements would update one state");
-    }
-    taken[slot] = true;
-  }
-  return chosen;
+  return slot_indices("state_batch_indices", *x.slots, f.batch, slots);
 }
 
 void check(const Operands& x, const Form& f, int64_t groups) {
@@ -169,12 +151,7 @@ void check(const Operands& x, const Form& f, int64_t groups) {
   }
   check_projection("B", x.B, f, groups);
   check_projection("C", x.C, f, groups);
-  const auto sizes = x.state.sizes(), strides = x.state.strides();
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    if (strides[i] == 0 && sizes[i] > 1) {
-      fail("state must not be expanded: it is written, and its elements would share memory");
-    }
-  }
+  check_not_expanded("state", x.state);
 }
 
 // A view of t without data, to be given strides.

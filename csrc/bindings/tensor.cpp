@@ -83,6 +83,36 @@ std::vector<int64_t> integers(const char* name, const Tensor& t) {
   return out;
 }
 
+std::vector<int64_t> slot_indices(const char* name, const Tensor& t, int64_t batch, int64_t slots) {
+  check_cpu(name, t);
+  check_shape(name, t, "(batch)", {batch});
+  std::vector<int64_t> chosen = integers(name, t);
+  std::vector<bool> taken(slots);
+  for (int64_t slot : chosen) {
+    if (slot < 0) continue;
+    if (slot >= slots) {
+      fail(std::string(name) + " must be less than slots = " + std::to_string(slots) + ", got " +
+           std::to_string(slot));
+    }
+    if (taken[slot]) {
+      fail(std::string(name) + " must name each slot once, got " + std::to_string(slot) +
+           " twice: two batch elements would update one state");
+    }
+    taken[slot] = true;
+  }
+  return chosen;
+}
+
+void check_not_expanded(const char* name, const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (strides[i] == 0 && sizes[i] > 1) {
+      fail(std::string(name) +
+           " must not be expanded: it is written, and its elements would share memory");
+    }
+  }
+}
+
 Tensor empty_like(const Tensor& like, ScalarType dtype) {
   StableIValue stack[6] = {torch::stable::detail::from(like),
                            torch::stable::detail::from(std::optional<ScalarType>(dtype)),

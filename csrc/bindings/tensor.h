@@ -39,6 +39,13 @@ ScalarType scalar_type(DType dtype);
 // The contents of a one- or two-dimensional int32 or int64 tensor.
 std::vector<int64_t> integers(const char* name, const Tensor& t);
 
+// (batch) integers: the slot of each batch element in a pool of states. Negative: none. fail if one is
+// not below `slots`, or if two elements would update the same one.
+std::vector<int64_t> slot_indices(const char* name, const Tensor& t, int64_t batch, int64_t slots);
+
+// fail if t, which is to be written, is expanded: some of its elements would share memory.
+void check_not_expanded(const char* name, const Tensor& t);
+
 // Uninitialized, in the memory order of `like`.
 Tensor empty_like(const Tensor& like, ScalarType dtype);
 Tensor empty(const Tensor& device_of, const Sizes& sizes, ScalarType dtype);

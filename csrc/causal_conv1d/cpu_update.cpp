@@ -9,15 +9,15 @@ namespace {
 
 template <class V, int... kLane>
 STATESCAN_INLINE void unzip(V a, V b, V& even, V& odd, std::integer_sequence<int, kLane...>) {
-  even = __builtin_shufflevector(a, b, (2 * kLane)...);
-  odd = __builtin_shufflevector(a, b, (2 * kLane + 1)...);
+  even = shuffle(a, b, std::integer_sequence<int, (2 * kLane)...>{});
+  odd = shuffle(a, b, std::integer_sequence<int, (2 * kLane + 1)...>{});
 }
 
 template <class V, int... kLane>
 STATESCAN_INLINE void zip(V a, V b, V& low, V& high, std::integer_sequence<int, kLane...>) {
   constexpr int n = sizeof...(kLane);
-  low = __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * n)...);
-  high = __builtin_shufflevector(a, b, (n / 2 + kLane / 2 + kLane % 2 * n)...);
+  low = shuffle(a, b, std::integer_sequence<int, (kLane / 2 + kLane % 2 * n)...>{});
+  high = shuffle(a, b, std::integer_sequence<int, (n / 2 + kLane / 2 + kLane % 2 * n)...>{});
 }
 
 // Four vectors of rows of four, as four vectors of columns.

@@ -140,7 +140,11 @@ STATESCAN_INLINE void store_convert(T* p, Vec<R> v) {
 
 template <class V, int... kIndex>
 STATESCAN_INLINE V shuffle(V a, V b, std::integer_sequence<int, kIndex...>) {
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, kIndex...);
+#else
+  return __builtin_shuffle(a, b, decltype(a == b){kIndex...});
+#endif
 }
 
 // Of the pairs of kBlock-long runs of a and b: the even runs of both, or the odd runs of both.

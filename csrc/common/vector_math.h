@@ -93,7 +93,9 @@ STATESCAN_INLINE FloatVec exp_within(FloatVec x) {
 }
 
 // Beyond these bounds the result is 0 or infinity.
-STATESCAN_INLINE FloatVec exp(FloatVec x) { return exp_within(at_most(at_least(x, -105.0f), 90.0f)); }
+STATESCAN_INLINE FloatVec exp(FloatVec x) {
+  return exp_within(at_most(at_least(x, -105.0f), 90.0f));
+}
 
 // 1 / x for normal x whose reciprocal is normal. A division occupies the divider for ten cycles and
 // more; where there is an estimate of 14 bits, one Newton step makes it 27.
