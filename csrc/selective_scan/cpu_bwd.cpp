@@ -22,15 +22,6 @@ struct Steps {
   R *h, *a;     // room for (1 + step, state, lane) and (step, state, lane)
 };
 
-template <class R, bool kConstant>
-STATESCAN_INLINE auto coefficient(const R* x, int n) {
-  if constexpr (kConstant) {
-    return load(x + n * kLanes<R>);
-  } else {
-    return x[n];
-  }
-}
-
 // Each channel's share of dB or dC, one vector per step and state, summed over the lanes: kLanes
 // vectors at a time, which costs 3 operations for each instead of a horizontal sum.
 template <class R, int kN>
@@ -184,10 +175,7 @@ class Backward {
  private:
   template <class F>
   STATESCAN_INLINE void for_blocks(F&& f) {
-    for (int64_t channel = c_.begin; channel < c_.end; channel += kLanes<R>) {
-      const int64_t left = c_.end - channel;
-      f(channel, left < kLanes<R> ? int(left) : kLanes<R>, (channel - c_.begin) * p_.state);
-    }
+    for_channel_blocks<R>(p_, c_, f);
   }
 
   STATESCAN_INLINE void clear(R* x, int64_t count) {

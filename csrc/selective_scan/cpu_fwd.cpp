@@ -19,15 +19,6 @@ struct Steps {
   R* h;  // (state, lane)
 };
 
-template <class R, bool kConstant>
-STATESCAN_INLINE auto coefficient(const R* x, int n) {
-  if constexpr (kConstant) {
-    return load(x + n * kLanes<R>);
-  } else {
-    return x[n];
-  }
-}
-
 // Walks kN states of one block of channels through a piece. `emit(i, h)` sees the states after step
 // i (return_states); for nobody it costs nothing.
 template <class R, int kN, bool kConstantB, bool kConstantC, class Emit>
@@ -95,13 +86,9 @@ class Forward {
   }
 
  private:
-  // f(first channel, channels in the block, where its states lie in the tables)
   template <class F>
   STATESCAN_INLINE void for_blocks(F&& f) {
-    for (int64_t channel = c_.begin; channel < c_.end; channel += kLanes<R>) {
-      const int64_t left = c_.end - channel;
-      f(channel, left < kLanes<R> ? int(left) : kLanes<R>, (channel - c_.begin) * p_.state);
-    }
+    for_channel_blocks<R>(p_, c_, f);
   }
 
   void run_segment(const Segment& segment) {

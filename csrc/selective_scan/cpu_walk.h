@@ -101,6 +101,26 @@ STATESCAN_INLINE void load_table(const View<4>& x, int64_t channel, int rows, in
   for (int64_t i = 0; i < state * kLanes<R>; ++i) table[i] *= scale;
 }
 
+// B or C of state n: one number for all lanes, or where it is constant in time, one for each.
+template <class R, bool kConstant>
+STATESCAN_INLINE auto coefficient(const R* x, int n) {
+  if constexpr (kConstant) {
+    return load(x + n * kLanes<R>);
+  } else {
+    return x[n];
+  }
+}
+
+// Calls f(first channel, channels in the block, where its states lie in a table of the task) for
+// every block of lanes of a task.
+template <class R, class F>
+STATESCAN_INLINE void for_channel_blocks(const Problem& p, const Channels& c, F&& f) {
+  for (int64_t channel = c.begin; channel < c.end; channel += kLanes<R>) {
+    const int64_t left = c.end - channel;
+    f(channel, left < kLanes<R> ? int(left) : kLanes<R>, (channel - c.begin) * p.state);
+  }
+}
+
 // Calls f(block size tag, n) for n = 0 .. state, in blocks of 16, then 8, 4, 2, 1.
 template <int kBlock, class F>
 STATESCAN_INLINE void for_state_blocks(int64_t begin, int64_t state, F&& f) {
