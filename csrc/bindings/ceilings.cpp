@@ -1,7 +1,7 @@
 #include "bindings/ceilings.h"
 
 #include "bindings/device.h"
-#include "ceilings/kernels.h"
+#include "common/ceilings.h"
 
 namespace statescan::bindings {
 namespace {

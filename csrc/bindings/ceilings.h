@@ -1,4 +1,4 @@
-// Adds the measurements of csrc/ceilings to the Python module.
+// Adds the measurements of csrc/common/ceilings.h to the Python module.
 #pragma once
 
 #include <pybind11/pybind11.h>

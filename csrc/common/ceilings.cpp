@@ -1,5 +1,5 @@
 // The two loops whose speed is the ceiling of any kernel here.
-#include "ceilings/kernels.h"
+#include "common/ceilings.h"
 #include "common/vector_math.h"
 
 namespace statescan::ceilings {
