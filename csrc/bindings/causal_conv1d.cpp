@@ -30,19 +30,6 @@ Mode mode_of(const std::string& name, int64_t width) {
   return Mode::kSame;
 }
 
-// kFloat64 if any of them is.
-DType compute_dtype(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
-  DType compute = DType::kFloat32;
-  for (const auto& [name, t] : tensors) {
-    if (t == nullptr) continue;
-    check_cpu(name, *t);
-    if (float_dtype(name, *t) == DType::kFloat64) compute = DType::kFloat64;
-  }
-  return compute;
-}
-
-const Tensor* pointer(const OptionalTensor& t) { return t ? &*t : nullptr; }
-
 void check_weight(const Tensor& weight, const OptionalTensor& bias, int64_t dim) {
   check_dim("weight", weight, "(dim, width)", 2);
   check_shape("weight", weight, "(dim, width)", {dim, weight.size(1)});
@@ -158,9 +145,7 @@ void add_up(const Tensor& partial, int64_t k0, int64_t taps, bool mirror, const 
         static_cast<char*>(s.out.data) + (taps - 1) * s.out.stride[2] * element_bytes(s.out.dtype);
     s.out.stride[2] = -s.out.stride[2];
   }
-  if (p.dim == 0) return;
-  run_tasks([](const partials::SumParams& q, const Range& r) { partials::sum(q, r); }, s, s.tasks(),
-            0, 1 + 16384 / (s.parts * p.dim));
+  sum_partials(s);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(

@@ -22,4 +22,9 @@ void* thread_scratch(int64_t bytes) {
   return memory.get();
 }
 
+void sum_partials(const partials::SumParams& params) {
+  run_tasks([](const partials::SumParams& p, const Range& r) { partials::sum(p, r); }, params,
+            params.tasks(), 0, 1 + 256 / (1 + params.size[3]));
+}
+
 }  // namespace statescan::bindings

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "common/sum_partials.h"
 
 namespace statescan::bindings {
 
@@ -34,5 +35,8 @@ void run_tasks(Kernel kernel, const Params& params, int64_t tasks, int64_t scrat
     }
   });
 }
+
+// Adds up partial sums, on several threads where there are many.
+void sum_partials(const partials::SumParams& params);
 
 }  // namespace statescan::bindings

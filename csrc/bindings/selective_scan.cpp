@@ -84,16 +84,15 @@ Problem check(const Operands& x, bool delta_softplus, bool reverse, int64_t chun
   if (x.delta_bias) check_shape("delta_bias", *x.delta_bias, "(delta_dim)", {delta_dim});
   if (chunk < 1) fail("chunk must be at least 1, got " + std::to_string(chunk));
 
-  p.compute = DType::kFloat32;
-  auto note = [&](const char* name, const Tensor& t) {
-    check_cpu(name, t);
-    if (float_dtype(name, t) == DType::kFloat64) p.compute = DType::kFloat64;
-  };
-  note("u", x.u), note("delta", x.delta), note("A", x.A), note("B", x.B), note("C", x.C);
-  if (x.D) note("D", *x.D);
-  if (x.z) note("z", *x.z);
-  if (x.delta_bias) note("delta_bias", *x.delta_bias);
-  if (x.initial_state) note("initial_state", *x.initial_state);
+  p.compute = compute_dtype({{"u", &x.u},
+                             {"delta", &x.delta},
+                             {"A", &x.A},
+                             {"B", &x.B},
+                             {"C", &x.C},
+                             {"D", pointer(x.D)},
+                             {"z", pointer(x.z)},
+                             {"delta_bias", pointer(x.delta_bias)},
+                             {"initial_state", pointer(x.initial_state)}});
   return p;
 }
 
@@ -183,8 +182,7 @@ void add_up(const Tensor& partial, DType compute, const int64_t (&size)[4], cons
   for (int i = 0; i < 4; ++i) p.size[i] = size[i];
   p.compute = compute;
   p.out = out;
-  run_tasks([](const partials::SumParams& q, const Range& r) { partials::sum(q, r); }, p, p.tasks(),
-            0, 1 + 256 / (1 + size[3]));
+  sum_partials(p);
 }
 
 // A gradient that is summed over row groups: (dim) or (dim, state).

@@ -57,6 +57,16 @@ ScalarType scalar_type(DType dtype) {
   return ScalarType::Float;
 }
 
+DType compute_dtype(std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
+  DType compute = DType::kFloat32;
+  for (const auto& [name, t] : tensors) {
+    if (t == nullptr) continue;
+    check_cpu(name, *t);
+    if (float_dtype(name, *t) == DType::kFloat64) compute = DType::kFloat64;
+  }
+  return compute;
+}
+
 namespace {
 
 template <class T>

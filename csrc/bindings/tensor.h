@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/view.h"
@@ -35,6 +36,11 @@ void check_cpu(const char* name, const Tensor& t);
 // fail unless the dtype is one of the four floating-point types.
 DType float_dtype(const char* name, const Tensor& t);
 ScalarType scalar_type(DType dtype);
+
+// The type to compute in: kFloat64 if any of these tensors is, else kFloat32. Null: absent. fail unless
+// all of them are on the CPU.
+DType compute_dtype(std::initializer_list<std::pair<const char*, const Tensor*>> tensors);
+inline const Tensor* pointer(const OptionalTensor& t) { return t ? &*t : nullptr; }
 
 // The contents of a one- or two-dimensional int32 or int64 tensor.
 std::vector<int64_t> integers(const char* name, const Tensor& t);
