@@ -410,6 +410,25 @@ def test_zero_step_leaves_the_state_bit_for_bit():
     check(inputs, delta_softplus=False, return_last_state=True)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("channel_last", [False, True])
+def test_zero_steps_among_others_leave_the_state_bit_for_bit(channel_last, reverse):
+    """One state, so that y with C = 1 is the state itself."""
+    inputs = sample(seqlen=203, state=1, delta_bias=False, z=False, D=False)
+    idle = torch.rand(203, generator=torch.Generator().manual_seed(0)) < 0.5
+    inputs["C"] = torch.ones_like(inputs["C"])
+    delta = inputs["delta"].detach().abs().masked_fill(idle, 0.0)
+    u = inputs["u"].detach()
+    if channel_last:
+        u, delta = (x.mT.contiguous().mT for x in (u, delta))
+    inputs.update(u=u, delta=delta)
+    h = ours(**inputs, delta_softplus=False, reverse=reverse).detach()
+    if reverse:
+        h, idle = h.flip(2), idle.flip(0)
+    assert torch.equal(h[..., 1:][..., idle[1:]], h[..., :-1][..., idle[1:]])
+    assert (h[..., 1:] != h[..., :-1]).any(-1).all()
+
+
 def test_elementary_functions_are_accurate_to_the_last_places():
     """softplus, exp and silu over their whole range, each brought out by itself."""
     x = torch.linspace(-86, 86, 40001)[None, None]

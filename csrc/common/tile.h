@@ -55,6 +55,7 @@ STATESCAN_INLINE void store_scalar(DType dtype, void* data, int64_t offset, R va
 // Asks for the cache lines that load_tile will read. Rows lie far apart, each piece of one is a few
 // lines long: too short for the hardware to see a pattern, so the next tile is asked for while this
 // one is computed. Into the second-level cache: rows a power of two apart share one set of the first.
+template <bool kWrite = false>
 STATESCAN_INLINE void prefetch_tile(const Plane& x, int rows, int steps) {
   const int64_t bytes = element_bytes(x.dtype);
   const bool by_row = x.time_stride == 1;
@@ -63,7 +64,7 @@ STATESCAN_INLINE void prefetch_tile(const Plane& x, int rows, int steps) {
   const int64_t stride = (by_row ? x.row_stride : x.time_stride) * bytes;
   for (int i = 0; i < runs; ++i) {
     const char* run = static_cast<const char*>(x.data) + i * stride;
-    for (int64_t at = 0; at < length * bytes; at += 64) __builtin_prefetch(run + at, 0, 1);
+    for (int64_t at = 0; at < length * bytes; at += 64) __builtin_prefetch(run + at, kWrite, 1);
   }
 }
 

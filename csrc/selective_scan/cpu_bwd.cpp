@@ -1,139 +1,10 @@
-// Backward of the selective scan on the CPU. Each piece is walked forward once more from the state
-// saved at its chunk, keeping h and a of every step, then backward. See cpu_walk.h for who does what.
-#include "selective_scan/cpu_walk.h"
+// Backward of the selective scan on the CPU. See cpu_walk.h for who does what.
+#include "selective_scan/cpu_rows.h"
+#include "selective_scan/cpu_walk_back.h"
 
 namespace statescan::selective_scan {
 namespace STATESCAN_ISA {
 namespace {
-
-// The operands of one piece and one block of states. Steps are counted in the order of the scan,
-// from `first` on in the tiles.
-template <class R>
-struct Steps {
-  int count, first, step;
-  const R *delta, *delta_u, *dy;  // (step, lane)
-  R *y, *d_delta, *d_delta_u;     // (step, lane), added to
-  const R *A, *A_log2e;           // (state, lane)
-  const R *B, *C;                 // (step, pitch) or constant (state, lane)
-  R *dB, *dC;                     // likewise, added to
-  int pitch;
-  const R* h0;  // (state, lane), before the first step
-  R *dh, *dA;   // (state, lane): updated; added to
-  R *h, *a;     // room for (1 + step, state, lane) and (step, state, lane)
-};
-
-// Each channel's share of dB or dC, one vector per step and state, summed over the lanes: kLanes
-// vectors at a time, which costs 3 operations for each instead of a horizontal sum.
-template <class R, int kN>
-class LaneSum {
- public:
-  static constexpr int kHeld = kN > kLanes<R> ? kN : kLanes<R>;
-
-  STATESCAN_INLINE Vec<R>& share(int n) { return held_[used_ + n]; }
-
-  // The shares of one step are complete; `out` is that step's row of sums.
-  STATESCAN_INLINE void step_done(R* out) {
-    row_[used_ / kN] = out;
-    used_ += kN;
-    if (used_ == kHeld) flush();
-  }
-
-  STATESCAN_INLINE void flush() {
-    if (used_ == 0) return;
-    for (int i = used_; i < kHeld; ++i) held_[i] = Vec<R>{};
-    if constexpr (kN >= kLanes<R>) {
-#pragma GCC unroll 4
-      for (int n = 0; n < kN; n += kLanes<R>) {
-        store(row_[0] + n, load(row_[0] + n) + sum_lanes<R>(held_ + n));
-      }
-    } else {
-      const Vec<R> sums = sum_lanes<R>(held_);
-      for (int i = 0; i < used_; ++i) row_[i / kN][i % kN] += sums[i];
-    }
-    used_ = 0;
-  }
-
- private:
-  Vec<R> held_[kHeld];
-  R* row_[kHeld / kN];
-  int used_ = 0;
-};
-
-// h and a of every step, and y for the gate.
-template <class R, int kN, bool kConstantB, bool kConstantC>
-STATESCAN_INLINE void recompute(const Steps<R>& s) {
-  constexpr int kStates = kN * kLanes<R>;
-  Vec<R> h[kN];
-#pragma GCC unroll 16
-  for (int n = 0; n < kN; ++n) {
-    h[n] = load(s.h0 + n * kLanes<R>);
-    store(s.h + n * kLanes<R>, h[n]);
-  }
-  for (int i = 0; i < s.count; ++i) {
-    const int t = s.first + s.step * i;
-    const R* B = kConstantB ? s.B : s.B + t * s.pitch;
-    const R* C = kConstantC ? s.C : s.C + t * s.pitch;
-    const Vec<R> delta = load(s.delta + t * kLanes<R>), delta_u = load(s.delta_u + t * kLanes<R>);
-    Vec<R> y = load(s.y + t * kLanes<R>), y_odd{};
-#pragma GCC unroll 16
-    for (int n = 0; n < kN; ++n) {
-      const Vec<R> a = decay(delta, load(s.A_log2e + n * kLanes<R>));
-      h[n] = next_state(a, h[n], delta_u, coefficient<R, kConstantB>(B, n));
-      store(s.a + i * kStates + n * kLanes<R>, a);
-      store(s.h + (i + 1) * kStates + n * kLanes<R>, h[n]);
-      Vec<R>& sum = n % 2 ? y_odd : y;
-      sum += coefficient<R, kConstantC>(C, n) * h[n];
-    }
-    store(s.y + t * kLanes<R>, y + y_odd);
-  }
-}
-
-// `add_dstates(i, dh)` adds the gradients of the states returned after step i.
-template <class R, int kN, bool kConstantB, bool kConstantC, class AddDStates>
-STATESCAN_INLINE void walk_back(const Steps<R>& s, AddDStates&& add_dstates) {
-  constexpr int kStates = kN * kLanes<R>;
-  Vec<R> dh[kN];
-#pragma GCC unroll 16
-  for (int n = 0; n < kN; ++n) dh[n] = load(s.dh + n * kLanes<R>);
-  LaneSum<R, kN> dB_sum, dC_sum;
-  for (int i = s.count - 1; i >= 0; --i) {
-    const int t = s.first + s.step * i;
-    const R* B = kConstantB ? s.B : s.B + t * s.pitch;
-    const R* C = kConstantC ? s.C : s.C + t * s.pitch;
-    const Vec<R> delta = load(s.delta + t * kLanes<R>), delta_u = load(s.delta_u + t * kLanes<R>);
-    const Vec<R> dy = load(s.dy + t * kLanes<R>);
-    Vec<R> d_delta = load(s.d_delta + t * kLanes<R>);
-    Vec<R> d_delta_u = load(s.d_delta_u + t * kLanes<R>);
-    add_dstates(i, dh);
-#pragma GCC unroll 16
-    for (int n = 0; n < kN; ++n) {
-      Vec<R> dA = load(s.dA + n * kLanes<R>), dB, dC;
-      step_vjp(load(s.a + i * kStates + n * kLanes<R>), load(s.h + i * kStates + n * kLanes<R>),
-               load(s.h + (i + 1) * kStates + n * kLanes<R>), delta, delta_u,
-               load(s.A + n * kLanes<R>), coefficient<R, kConstantB>(B, n),
-               coefficient<R, kConstantC>(C, n), dy, dh[n], dA, dB, dC, d_delta, d_delta_u);
-      store(s.dA + n * kLanes<R>, dA);
-      if constexpr (kConstantB) {
-        store(s.dB + n * kLanes<R>, load(s.dB + n * kLanes<R>) + dB);
-      } else {
-        dB_sum.share(n) = dB;
-      }
-      if constexpr (kConstantC) {
-        store(s.dC + n * kLanes<R>, load(s.dC + n * kLanes<R>) + dC);
-      } else {
-        dC_sum.share(n) = dC;
-      }
-    }
-    if constexpr (!kConstantB) dB_sum.step_done(s.dB + t * s.pitch);
-    if constexpr (!kConstantC) dC_sum.step_done(s.dC + t * s.pitch);
-    store(s.d_delta + t * kLanes<R>, d_delta);
-    store(s.d_delta_u + t * kLanes<R>, d_delta_u);
-  }
-  dB_sum.flush();
-  dC_sum.flush();
-#pragma GCC unroll 16
-  for (int n = 0; n < kN; ++n) store(s.dh + n * kLanes<R>, dh[n]);
-}
 
 template <class R>
 class Backward {
@@ -143,7 +14,9 @@ class Backward {
     const int64_t lanes = p.chunk * kLanes<R>;
     const int64_t table = (p.task_channels() + kLanes<R>)*p.state;
     pitch_ = tile_pitch<R>(int(p.state));
-    for (R** tile : {&B_, &C_, &dB_, &dC_}) *tile = scratch.take<R>(p.chunk * pitch_);
+    for (R** tile : {&B_, &C_, &dB_, &dC_}) {
+      *tile = scratch.take<R>(p.chunk * pitch_ + kLanes<R>);
+    }
     for (R** tile : {&u_, &delta_, &delta_u_, &slope_, &dy_, &z_, &y_, &d_delta_, &d_delta_u_}) {
       *tile = scratch.take<R>(lanes);
     }
@@ -157,6 +30,8 @@ class Backward {
     const int64_t held = (p.state < 16 ? p.state : 16) * kLanes<R>;
     h_ = scratch.take<R>((p.chunk + 1) * held);
     a_ = scratch.take<R>(p.chunk * held);
+    lanes_are_time_ =
+        !p.dstates && lanes_can_be_time(p, {p.u, p.delta, p.z, p.dy, p.du, p.ddelta, p.dz});
   }
 
   void run(int64_t task) {
@@ -252,16 +127,21 @@ class Backward {
         load_tile(plane(p_.C, b, c_.group, piece.begin), int(p_.state), steps, C_, pitch_);
       }
     }
+    if (lanes_are_time_) {
+      clear_behind(B_, steps);
+      clear_behind(C_, steps);
+    }
     for_blocks([&](int64_t channel, int rows, int64_t offset) {
+      if (lanes_are_time_ && !segment.padding) {
+        load_h0(segment, piece, channel, rows);
+        for (int r = 0; r < rows; ++r) scan_row(b, piece, channel + r, h0_[r]);
+        return;
+      }
       if (segment.padding) {
         for (R* tile : {u_, delta_, z_}) clear(tile, steps * kLanes<R>);
       } else {
         prepare(b, piece, channel, rows);
-        for (const View<3>* x : {&p_.u, &p_.delta, &p_.dy, &p_.z}) {
-          if (*x && (x != &p_.delta || p_.delta_repeat == 1)) {
-            prefetch_next<R>(p_, *x, c_, b, piece, channel, p_.reverse ? 1 : -1);
-          }
-        }
+        prefetch(b, piece, channel, kLanes<R>);
         load_h0(segment, piece, channel, rows);
         scan(b, piece, channel, rows, offset);
         combine(piece, channel);
@@ -274,11 +154,67 @@ class Backward {
     if (!p_.constant_C) hand_over(p_.dC, dC_, b, piece);
   }
 
+  // One state: lanes are time.
+  void scan_row(int64_t b, const Piece& piece, int64_t channel, R h0) {
+    const int steps = piece.steps();
+    auto row = [&](const View<3>& x, int64_t channel) {
+      return x ? plane(x, b, channel, piece.begin) : Plane{};
+    };
+    const Plane u = row(p_.u, channel), delta = row(p_.delta, channel / p_.delta_repeat);
+    const Plane z = row(p_.z, channel), dz = row(p_.dz, channel), dy = row(p_.dy, channel);
+    const Plane du = row(p_.du, channel), ddelta = row(p_.ddelta, channel);
+    prefetch(b, piece, channel, 1);
+    if (p_.dy && rows_in_place<R>(steps, {u, delta, z, dy, du, ddelta, dz})) {
+      with_type(u.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        auto numbers = [](const Plane& x) { return static_cast<T*>(x.data); };
+        walk_along(channel, h0, Row<R, T>{steps, numbers(u), numbers(delta), numbers(z)},
+                   RowGrads<R, T>{numbers(dy), numbers(du), numbers(ddelta), numbers(dz)});
+      });
+      return;
+    }
+    p_.dy ? void(load_row(dy, steps, dy_)) : clear(dy_, whole_vectors(steps, kLanes<R>));
+    walk_along(channel, h0,
+               Row<R, R>{steps, load_row(u, steps, u_), load_row(delta, steps, delta_),
+                         load_row(z, steps, z_)},
+               RowGrads<R, R>{dy_, d_delta_u_, d_delta_, y_});
+    store_tile(du, 1, steps, d_delta_u_, 1);
+    store_tile(ddelta, 1, steps, d_delta_, 1);
+    if (p_.z) store_tile(dz, 1, steps, y_, 1);
+  }
+
+  template <class T>
+  void walk_along(int64_t channel, R h0, Row<R, T> x, RowGrads<R, T> grads) {
+    const int64_t at = channel - c_.begin;
+    x.B = B_, x.C = C_;
+    x.A = A_[at], x.A_log2e = A_log2e_[at], x.D = D_[at], x.bias = bias_[at];
+    x.delta_softplus = p_.delta_softplus;
+    grads.dB = dB_, grads.dC = dC_;
+    const RowScratch<R> scratch{delta_, slope_, a_, h_, dy_};
+    p_.reverse ? walk_row_back<true>(x, h0, dh_[at], scratch, grads)
+               : walk_row_back<false>(x, h0, dh_[at], scratch, grads);
+    dA_[at] += grads.dA;
+    dD_[at] += grads.dD;
+    dbias_[at] += grads.dbias;
+  }
+
   // partial[task of the group, b, group, t, :] = sums[t, :]
   void hand_over(void* partial, const R* sums, int64_t b, const Piece& piece) {
     const int64_t row = ((c_.part * p_.batch + b) * p_.groups + c_.group) * p_.seqlen + piece.begin;
     store_tile(Plane{static_cast<R*>(partial) + row * p_.state, p_.compute, 1, p_.state},
                int(p_.state), piece.steps(), sums, pitch_);
+  }
+
+  // Always inlined: g++ takes a function that only prefetches for one without effect and drops the call.
+  STATESCAN_INLINE void prefetch(int64_t b, const Piece& piece, int64_t channel, int block) {
+    for (const View<3>* x : {&p_.u, &p_.delta, &p_.dy, &p_.z}) {
+      if (*x && (x != &p_.delta || p_.delta_repeat == 1)) {
+        prefetch_next(p_, *x, c_, b, piece, channel, block, p_.reverse ? 1 : -1);
+      }
+    }
+    for (const View<3>* x : {&p_.du, &p_.ddelta, &p_.dz}) {
+      if (*x) prefetch_next<true>(p_, *x, c_, b, piece, channel, block, p_.reverse ? 1 : -1);
+    }
   }
 
   void prepare(int64_t b, const Piece& piece, int64_t channel, int rows) {
@@ -335,27 +271,27 @@ class Backward {
       constexpr int kN = size();
       constexpr bool kB = B_is_constant(), kC = C_is_constant();
       const int64_t table = offset + n * kLanes<R>;
-      const Steps<R> s{steps,
-                       first,
-                       step,
-                       delta_,
-                       delta_u_,
-                       dy_,
-                       y_,
-                       d_delta_,
-                       d_delta_u_,
-                       A_ + table,
-                       A_log2e_ + table,
-                       kB ? B_table_ + table : B_ + n,
-                       kC ? C_table_ + table : C_ + n,
-                       kB ? dB_table_ + table : dB_ + n,
-                       kC ? dC_table_ + table : dC_ + n,
-                       pitch_,
-                       h0_ + n * kLanes<R>,
-                       dh_ + table,
-                       dA_ + table,
-                       h_,
-                       a_};
+      const BackSteps<R> s{steps,
+                           first,
+                           step,
+                           delta_,
+                           delta_u_,
+                           dy_,
+                           y_,
+                           d_delta_,
+                           d_delta_u_,
+                           A_ + table,
+                           A_log2e_ + table,
+                           kB ? B_table_ + table : B_ + n,
+                           kC ? C_table_ + table : C_ + n,
+                           kB ? dB_table_ + table : dB_ + n,
+                           kC ? dC_table_ + table : dC_ + n,
+                           pitch_,
+                           h0_ + n * kLanes<R>,
+                           dh_ + table,
+                           dA_ + table,
+                           h_,
+                           a_};
       recompute<R, kN, kB, kC>(s);
       if (!p_.dstates) {
         walk_back<R, kN, kB, kC>(s, [](int, Vec<R>*) {});
@@ -414,6 +350,7 @@ class Backward {
   Channels c_;
   int64_t row_group_;
   int pitch_;
+  bool lanes_are_time_;
   R *B_, *C_, *dB_, *dC_;                              // (step, pitch)
   R *u_, *delta_, *delta_u_, *slope_, *dy_, *z_, *y_;  // (step, lane)
   R *d_delta_, *d_delta_u_;                            // (step, lane)

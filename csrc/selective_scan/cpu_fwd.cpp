@@ -1,4 +1,5 @@
 // Forward of the selective scan on the CPU. See cpu_walk.h for who does what.
+#include "selective_scan/cpu_rows.h"
 #include "selective_scan/cpu_walk.h"
 
 namespace statescan::selective_scan {
@@ -55,11 +56,13 @@ class Forward {
     Scratch scratch(memory);
     const int64_t channels = p.task_channels() + kLanes<R>;
     pitch_ = tile_pitch<R>(int(p.state));
-    B_ = scratch.take<R>(p.chunk * pitch_);
-    C_ = scratch.take<R>(p.chunk * pitch_);
+    B_ = scratch.take<R>(p.chunk * pitch_ + kLanes<R>);
+    C_ = scratch.take<R>(p.chunk * pitch_ + kLanes<R>);
     u_ = scratch.take<R>(p.chunk * kLanes<R>);
     delta_ = scratch.take<R>(p.chunk * kLanes<R>);
     y_ = scratch.take<R>(p.chunk * kLanes<R>);
+    z_ = scratch.take<R>(p.chunk * kLanes<R>);
+    lanes_are_time_ = !p.states && lanes_can_be_time(p, {p.u, p.delta, p.z, p.y});
     h_ = scratch.take<R>(channels * p.state);
     A_ = scratch.take<R>(channels * p.state);
     D_ = scratch.take<R>(channels);
@@ -119,23 +122,58 @@ class Forward {
         load_tile(plane(p_.C, b, c_.group, piece.begin), int(p_.state), steps, C_, pitch_);
       }
     }
+    if (lanes_are_time_) {
+      clear_behind(B_, steps);
+      clear_behind(C_, steps);
+    }
     for_blocks([&](int64_t channel, int rows, int64_t offset) {
       if (piece.entry && p_.chunk_states != nullptr) save(b, piece.chunk, channel, rows, offset);
       if (segment.padding) {
         for (int i = 0; i < steps * kLanes<R>; ++i) y_[i] = 0;
         if (p_.states) zero_states(b, piece, channel, rows);
+      } else if (lanes_are_time_) {
+        for (int r = 0; r < rows; ++r) scan_row(b, piece, channel + r);
+        return;
       } else {
         prepare(b, piece, channel, rows);
-        for (const View<3>* x : {&p_.u, &p_.delta, &p_.z}) {
-          if (*x && (x != &p_.delta || p_.delta_repeat == 1)) {
-            prefetch_next<R>(p_, *x, c_, b, piece, channel, p_.reverse ? -1 : 1);
-          }
-        }
+        prefetch(b, piece, channel, kLanes<R>);
         scan(b, piece, channel, rows, offset);
         if (p_.z) gate(b, piece, channel, rows);
       }
       store_tile(plane(p_.y, b, channel, piece.begin), rows, steps, y_, kLanes<R>);
     });
+  }
+
+  void scan_row(int64_t b, const Piece& piece, int64_t channel) {
+    const int steps = piece.steps();
+    auto row = [&](const View<3>& x, int64_t channel) { return plane(x, b, channel, piece.begin); };
+    const Plane u = row(p_.u, channel), delta = row(p_.delta, channel / p_.delta_repeat);
+    const Plane z = p_.z ? row(p_.z, channel) : Plane{}, y = row(p_.y, channel);
+    prefetch(b, piece, channel, 1);
+    if (rows_in_place<R>(steps, {u, delta, z, y})) {
+      with_type(u.dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        auto numbers = [](const Plane& x) { return static_cast<T*>(x.data); };
+        walk_along(channel, Row<R, T>{steps, numbers(u), numbers(delta), numbers(z)}, numbers(y));
+      });
+    } else {
+      walk_along(channel,
+                 Row<R, R>{steps, load_row(u, steps, u_), load_row(delta, steps, delta_),
+                           load_row(z, steps, z_)},
+                 y_);
+      store_tile(y, 1, steps, y_, 1);
+    }
+  }
+
+  // One state: lanes are time.
+  template <class T>
+  void walk_along(int64_t channel, Row<R, T> x, T* y) {
+    const int64_t at = channel - c_.begin;
+    x.B = B_, x.C = C_;
+    x.A_log2e = A_[at], x.D = D_[at], x.bias = bias_[at];
+    x.delta_softplus = p_.delta_softplus;
+    h_[at] =
+        p_.reverse ? walk_row<true>(x, h_[at], delta_, y) : walk_row<false>(x, h_[at], delta_, y);
   }
 
   // chunk_states[b, chunk, :, channel..] = h
@@ -144,6 +182,16 @@ class Forward {
     for (int64_t n = 0; n < p_.state; ++n) {
       store_first(to + n * p_.dim + channel, load(h_ + offset + n * kLanes<R>), rows);
     }
+  }
+
+  // Always inlined: g++ takes a function that only prefetches for one without effect and drops the call.
+  STATESCAN_INLINE void prefetch(int64_t b, const Piece& piece, int64_t channel, int block) {
+    for (const View<3>* x : {&p_.u, &p_.delta, &p_.z}) {
+      if (*x && (x != &p_.delta || p_.delta_repeat == 1)) {
+        prefetch_next(p_, *x, c_, b, piece, channel, block, p_.reverse ? -1 : 1);
+      }
+    }
+    prefetch_next<true>(p_, p_.y, c_, b, piece, channel, block, p_.reverse ? -1 : 1);
   }
 
   // delta becomes the step size, u becomes delta u, y becomes D u.
@@ -224,17 +272,17 @@ class Forward {
   }
 
   void gate(int64_t b, const Piece& piece, int64_t channel, int rows) {
-    R* z = delta_;  // the step sizes have served
-    load_tile(plane(p_.z, b, channel, piece.begin), rows, piece.steps(), z, kLanes<R>);
+    load_tile(plane(p_.z, b, channel, piece.begin), rows, piece.steps(), z_, kLanes<R>);
     for (int i = 0; i < piece.steps() * kLanes<R>; i += kLanes<R>) {
-      store(y_ + i, load(y_ + i) * silu(load(z + i)));
+      store(y_ + i, load(y_ + i) * silu(load(z_ + i)));
     }
   }
 
   const FwdParams& p_;
   Channels c_;
   int pitch_;
-  R *B_, *C_, *u_, *delta_, *y_, *h_, *A_, *D_, *bias_, *constant_B_, *constant_C_;
+  bool lanes_are_time_;
+  R *B_, *C_, *u_, *delta_, *z_, *y_, *h_, *A_, *D_, *bias_, *constant_B_, *constant_C_;
 };
 
 template <class R>

@@ -63,21 +63,22 @@ STATESCAN_INLINE Plane plane(const View<4>& x, int64_t batch, int64_t group, int
                                                                               group * x.stride[1]);
 }
 
-// The part of a tensor that the block of channels after this one will read: of this piece, or of the
-// next one in the direction of the walk, `step` = +1 or -1.
-template <class R>
+// The part of a tensor that the block of channels after this one, `block` of them, will read or
+// write: of this piece, or of the next one in the direction of the walk, `step` = +1 or -1.
+template <bool kWrite = false>
 STATESCAN_INLINE void prefetch_next(const Problem& p, const View<3>& x, const Channels& c,
-                                    int64_t batch, const Piece& piece, int64_t channel, int step) {
+                                    int64_t batch, const Piece& piece, int64_t channel, int block,
+                                    int step) {
   int64_t time = piece.begin;
-  channel += kLanes<R>;
+  channel += block;
   if (channel >= c.end) {
     channel = c.begin;
     time += step * p.chunk;
     if (time < 0 || time >= p.seqlen) return;
   }
   const int64_t steps = p.seqlen - time, rows = c.end - channel;
-  prefetch_tile(plane(x, batch, channel, time), int(rows < kLanes<R> ? rows : kLanes<R>),
-                int(steps < p.chunk ? steps : p.chunk));
+  prefetch_tile<kWrite>(plane(x, batch, channel, time), int(rows < block ? rows : block),
+                        int(steps < p.chunk ? steps : p.chunk));
 }
 
 // A per-channel parameter for the lanes [channel, channel + rows); `absent` where there is none.

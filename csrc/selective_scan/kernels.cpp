@@ -14,7 +14,7 @@ int64_t pitch(int64_t state) { return (state + kWidest - 1) / kWidest * kWidest;
 int64_t FwdParams::scratch_bytes() const {
   const int64_t channels = task_channels() + kWidest;
   const int64_t scalars = 2 * chunk * pitch(state)                // B, C
-                          + 3 * chunk * kWidest                   // u, delta, y
+                          + 4 * chunk * kWidest                   // u, delta, z, y
                           + 4 * channels * state + 2 * channels;  // h, A, constant B and C
   return scalars * scalar_bytes(compute) + 16 * 64;
 }
