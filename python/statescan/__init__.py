@@ -6,7 +6,7 @@ plain torch, one time step at a time, and is what they are tested against.
 
 import torch  # noqa: F401  (loads the library that statescan._C links to)
 
-from statescan import _C, reference
+from statescan import _C, reference, routes
 from statescan.ops.causal_conv1d import (
     causal_conv1d,
     causal_conv1d_update,
@@ -14,15 +14,18 @@ from statescan.ops.causal_conv1d import (
 )
 from statescan.ops.selective_scan import selective_scan
 from statescan.ops.selective_state_update import selective_state_update
+from statescan.routes import Routes
 from statescan.version import __version__
 
 __all__ = [
     "_C",
+    "Routes",
     "__version__",
     "causal_conv1d",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
     "reference",
+    "routes",
     "selective_scan",
     "selective_state_update",
 ]
