@@ -316,7 +316,7 @@ def test_hilbert_is_a_path_between_two_corners(H):
         bent = [step for step in steps if sum(step) != 1]
         assert order[0] == 0
         if max(H, W) % 2 == 1 and min(H, W) % 2 == 0:
-            # An even number of tokens cannot lead from a field of a chessboard to one of its colour.
+            # An even number of tokens joins two colours of a chessboard, never one with itself.
             assert bent in ([], [(1, 1)])
             assert abs(end[0] - corner[0]) + abs(end[1] - corner[1]) == (0 if bent else 1)
         else:

@@ -67,21 +67,27 @@ class Routes:
         length: L, the number of tokens that the routes address.
         count: K, the number of routes.
         steps: T, the number of steps of each.
+        index: token visited at step t of route k, (K, T), int32, on the CPU; `GHOST` and `SKIP` for
+            steps of no token. Not to be written to.
         digits: a `DigitRoute` for each route, or None where there is no such description (of any).
+        flat_digits: the digits as the operators hand them to the kernels: for each route base, rev
+            and the number of digits, then n, stride, flip and snake of each. Empty without digits.
         reset_period: the state starts anew every so many steps; 0 for never.
         carry: the routes make one sequence: the state after the last step of route k is the one
             before the first step of route k + 1 (of the first route: the initial state).
     """
 
     __slots__ = (
-        "_hash", "_inverse", "_on_device", "carry", "count", "digits", "length", "reset_period",
-        "steps",
+        "_hash", "_inverse", "_on_device", "carry", "count", "digits", "flat_digits", "index",
+        "length", "reset_period", "steps",
     )  # fmt: skip
 
     length: int
     count: int
     steps: int
+    index: Tensor
     digits: tuple[DigitRoute, ...] | None
+    flat_digits: tuple[int, ...]
     reset_period: int
     carry: bool
 
@@ -136,6 +142,8 @@ class Routes:
         put(self, "digits", digits)
         put(self, "reset_period", int(reset_period))
         put(self, "carry", bool(carry))
+        put(self, "flat_digits", tuple(_flat(digits or ())))
+        put(self, "index", table)
         put(self, "_on_device", {torch.device("cpu"): table})
         put(self, "_inverse", {})
         put(self, "_hash", hash((length, reset_period, carry, count, _checksum(table))))
@@ -176,11 +184,6 @@ class Routes:
         return self._with(self.index[chosen], self.digits and self.digits[chosen])
 
     # ---- Tables
-
-    @property
-    def index(self) -> Tensor:
-        """Token visited at step t of route k, (K, T), int32, on the CPU. Not to be written to."""
-        return self._on_device[torch.device("cpu")]
 
     def index_on(self, device: torch.device | str) -> Tensor:
         """`index` on a device, copied there once."""
@@ -226,17 +229,6 @@ class Routes:
         """The routes are disjoint and cover the tokens: every token is visited exactly once, by one
         of them. Ghost steps may come between."""
         return bool((self._visits(each=False) == 1).all())
-
-    @property
-    def flat_digits(self) -> list[int]:
-        """`digits` as the operators hand them to the kernels: for each route base, rev and the
-        number of digits, then n, stride, flip and snake of each. Empty without digits."""
-        flat = []
-        for route in self.digits or ():
-            flat += [route.base, int(route.rev), len(route.digits)]
-            for digit in route.digits:
-                flat += map(int, digit)
-        return flat
 
     # ---- New routes from old
 
@@ -313,6 +305,13 @@ def _cached(tables: dict[torch.device, Tensor], device: torch.device | str, cpu:
     if device not in tables:
         tables[device] = cpu.to(device)
     return tables[device]
+
+
+def _flat(digits: Iterable[DigitRoute]) -> Iterable[int]:
+    for route in digits:
+        yield from (route.base, int(route.rev), len(route.digits))
+        for digit in route.digits:
+            yield from map(int, digit)
 
 
 def _checksum(table: Tensor) -> int:

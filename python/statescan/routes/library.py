@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from statescan.routes import curves
 from statescan.routes.descriptor import GHOST, Digit, DigitRoute, Routes, concat, stack
@@ -21,7 +22,19 @@ _REGISTRY: dict[str, Callable[..., Routes]] = {}
 
 def _named(build: Callable[..., Routes]) -> Callable[..., Routes]:
     """Lists a builder by its name, and keeps what it has built."""
-    kept = functools.lru_cache(maxsize=256)(build)
+
+    @functools.lru_cache(maxsize=256)
+    def cached(*sizes, **options) -> Routes:
+        with _disable_current_modes():  # real tables, also while torch.export traces a model
+            return build(*sizes, **options)
+
+    @functools.wraps(build)
+    def kept(*sizes, **options) -> Routes:
+        return cached(*sizes, **options)
+
+    # What torch.compiler.assume_constant_result does, without loading the compiler: torch.compile
+    # calls a builder while it traces, and takes the routes for a constant.
+    kept._dynamo_marked_constant = True
     _REGISTRY[build.__name__] = kept
     return kept
 
