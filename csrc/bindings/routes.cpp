@@ -140,6 +140,12 @@ std::vector<float> one_over_visits(const RouteSet& routes, int64_t batch, int64_
   return scale;
 }
 
+// Results of at least so many bytes are stored past the caches: the last-level caches of today would
+// not keep them for who reads them next.
+bool streams(const Tensor& out) {
+  return out.numel() * element_bytes(float_dtype("y", out)) >= int64_t(16) << 20;
+}
+
 route_gather::Problem problem_of(const RouteSet& routes, int64_t batch, int64_t dim,
                                  int64_t length) {
   route_gather::Problem p{};
@@ -208,10 +214,10 @@ Tensor gather(const Tensor& tokens, RouteSet routes, bool channel_last) {
   if (stack.numel() == 0) return stack;
   const std::vector<LineRoute> lines = in_lines(routes, length);
   if (!lines.empty() && from.stride[3] == 1 && !channel_last) {
-    const cross_scan::ScanParams p{batch, dim,  length,
-                                   &lines, from, stack_view("y", stack, channel_last)};
+    const cross_scan::ScanParams p{
+        batch, dim, length, streams(stack), &lines, from, stack_view("y", stack, channel_last)};
     run_tasks([](const cross_scan::ScanParams& q, const Range& r) { cross_scan::scan(q, r); }, p,
-              p.tasks(), 0, p.grain());
+              p.tasks(), p.scratch_bytes(), p.grain());
     return stack;
   }
   need_table(routes);
@@ -257,7 +263,8 @@ Tensor scatter(const Tensor& stack, RouteSet routes, int64_t length, Reduce redu
   const View<4> from = view<4>("y", stack);
   const std::vector<LineRoute> lines = in_lines(routes, length);
   if (!lines.empty() && from.stride[3] == 1 && !channel_last && reduce != Reduce::kMean) {
-    const cross_scan::MergeParams p{batch, dim, length, sum, compute, &lines, from, to};
+    const cross_scan::MergeParams p{batch,   dim,    length, sum, streams(out),
+                                    compute, &lines, from,   to};
     run_tasks([](const cross_scan::MergeParams& q, const Range& r) { cross_scan::merge(q, r); }, p,
               p.tasks(), p.scratch_bytes(), p.grain());
     return out;

@@ -32,7 +32,7 @@ STATESCAN_INLINE void store_bits(E* p, Vec<Lane<E>> v) {
 
 // Rows: every line is copied, forwards or backwards.
 template <class E>
-void copy_rows(const LineRoute& route, const E* x, E* y) {
+void copy_rows(const LineRoute& route, const E* x, E* y, Ahead& ahead) {
   constexpr int lanes = kLanes<E>;
   for (int64_t p = 0; p < route.planes; ++p) {
     const Line& line = route.lines[p];
@@ -44,6 +44,7 @@ void copy_rows(const LineRoute& route, const E* x, E* y) {
     } else {
       for_blocks(route.n, lanes, [&](int64_t i, int) {
         store(y + time_of(line, route.n, i, lanes), reversed<E>(load(from + i)));
+        ahead.ask(lanes * int64_t(sizeof(E)));
       });
     }
   }
@@ -51,7 +52,7 @@ void copy_rows(const LineRoute& route, const E* x, E* y) {
 
 // Columns: blocks of lanes x lanes tokens are transposed in registers.
 template <class E>
-void copy_columns(const LineRoute& route, const E* x, E* y) {
+void copy_columns(const LineRoute& route, const E* x, E* y, Ahead& ahead) {
   constexpr int lanes = kLanes<Lane<E>>;
   const int64_t n = route.n, stride = route.stride;
   for (int64_t p = 0; p < route.planes; ++p) {
@@ -63,6 +64,7 @@ void copy_columns(const LineRoute& route, const E* x, E* y) {
 #pragma GCC unroll 16
         for (int r = 0; r < lanes; ++r) v[r] = load_bits(from + r * stride);
         transpose<Lane<E>>(v);
+        ahead.ask(lanes * lanes * int64_t(sizeof(E)));
 #pragma GCC unroll 16
         for (int c = 0; c < lanes; ++c) {
           const Vec<Lane<E>> column = lines[c].flip ? reversed<Lane<E>>(v[c]) : v[c];
@@ -74,14 +76,28 @@ void copy_columns(const LineRoute& route, const E* x, E* y) {
 }
 
 template <class E>
-void scan_plane(const ScanParams& p, int64_t b, int64_t d) {
-  const int64_t* from = p.tokens.stride;
-  const int64_t* to = p.stack.stride;
-  for (size_t k = 0; k < p.routes->size(); ++k) {
+void copy_route(const LineRoute& route, const E* x, E* y, Ahead& ahead) {
+  route.stride == 1 ? copy_rows(route, x, y, ahead) : copy_columns(route, x, y, ahead);
+}
+
+// A route is put together in cache and then copied as a whole, past the caches if the result is too
+// large for them. Writing it in place would be slower even if it is small: planes of x and y often
+// lie a multiple of 4 KiB and a little apart, and the processor takes each load for one that has to
+// wait for the store just before it.
+template <class E>
+void scan_plane(const ScanParams& p, int64_t task, E* scratch) {
+  const int64_t b = task / p.dim, d = task % p.dim, count = int64_t(p.routes->size());
+  const int64_t bytes = p.length * int64_t(sizeof(E));
+  const bool shared = p.tokens.stride[1] == 0;
+  const int64_t next = task + 1;
+  Ahead ahead(next < p.tasks() ? plane(p.tokens, next / p.dim, 0, next % p.dim) : nullptr,
+              shared ? bytes : 0);
+  for (int64_t k = 0; k < count; ++k) {
     const LineRoute& route = (*p.routes)[k];
-    const E* x = static_cast<const E*>(p.tokens.data) + b * from[0] + k * from[1] + d * from[2];
-    E* y = static_cast<E*>(p.stack.data) + b * to[0] + k * to[1] + d * to[2];
-    route.stride == 1 ? copy_rows(route, x, y) : copy_columns(route, x, y);
+    const E* x = reinterpret_cast<const E*>(plane(p.tokens, b, k, d));
+    const bool as_it_is = route.n == p.length && !route.lines[0].flip;
+    if (!as_it_is) copy_route(route, x, scratch, ahead);
+    copy_plane(plane(p.stack, b, k, d), as_it_is ? x : scratch, bytes, p.stream);
   }
 }
 
@@ -89,13 +105,13 @@ void scan_plane(const ScanParams& p, int64_t b, int64_t d) {
 
 void scan(const ScanParams& p, const Range& range) {
   for (int64_t task = range.begin; task < range.end; ++task) {
-    const int64_t b = task / p.dim, d = task % p.dim;
     switch (element_bytes(p.tokens.dtype)) {
-      case 2: scan_plane<uint16_t>(p, b, d); break;
-      case 4: scan_plane<uint32_t>(p, b, d); break;
-      default: scan_plane<uint64_t>(p, b, d); break;
+      case 2: scan_plane(p, task, static_cast<uint16_t*>(range.scratch)); break;
+      case 4: scan_plane(p, task, static_cast<uint32_t*>(range.scratch)); break;
+      default: scan_plane(p, task, static_cast<uint64_t*>(range.scratch)); break;
     }
   }
+  if (p.stream) end_stream();
 }
 
 }  // namespace STATESCAN_ISA

@@ -52,17 +52,20 @@ std::optional<LineRoute> in_lines(const DigitRoute& route, int64_t length);
 // A task is a plane: the tokens of one channel of one batch element.
 struct ScanParams {
   int64_t batch, dim, length;
+  bool stream;  // store past the caches
   const std::vector<LineRoute>* routes;
   View<4> tokens;  // (batch, route, dim, length), stride 1 along tokens; route stride 0: one for all
   View<4> stack;   // (batch, route, dim, length), stride 1 along time, the same dtype
 
   int64_t tasks() const { return batch * dim; }
   int64_t grain() const;
+  int64_t scratch_bytes() const { return length * element_bytes(stack.dtype); }
 };
 
 struct MergeParams {
   int64_t batch, dim, length;
   bool sum;       // over the routes
+  bool stream;    // store past the caches
   DType compute;  // kFloat32 or kFloat64
   const std::vector<LineRoute>* routes;
   View<4> stack;   // (batch, route, dim, length), stride 1 along time
