@@ -100,6 +100,26 @@ def test_any_number_of_channels(channel_last, out_channel_last, dim):
         check_merge(sequences(H, W, dim=dim, channel_last=channel_last), H, W, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channel_last", [False, True])
+def test_results_too_large_for_a_cache(channel_last, dtype):
+    """They are stored in another way, and their planes or rows are not aligned to a cache line."""
+    H, W, dim = 129, 131, 530
+    x = image(H, W, dim, 1, channel_last, dtype=dtype)
+    y = statescan.cross_scan(x, "bidi2", channel_last=channel_last)
+    assert y.nbytes > 2 * 16 << 20
+    assert torch.equal(y, reference.cross_scan(x, "bidi2", channel_last=channel_last))
+    z = statescan.cross_merge(y, H, W, "bidi2", channel_last=channel_last)
+    assert z.nbytes > 16 << 20
+    want = 2 * x.flatten(1, 2) if channel_last else 2 * x.flatten(2)
+    assert torch.equal(z, want)
+    column = routes.column(H, W)
+    back = statescan.cross_merge(z[:, None] if not channel_last else z[:, :, None], H, W, column,
+                                 channel_last=channel_last)  # fmt: skip
+    again = statescan.cross_scan(back.view(x.shape), column, channel_last=channel_last)
+    assert torch.equal(again.view(z.shape), z)
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @layouts
 def test_dtypes(channel_last, out_channel_last, dtype):

@@ -7,8 +7,7 @@ namespace {
 
 Tensor cross_scan(const Tensor& x, int64_t H, int64_t W, std::string mode, bool channel_last) {
   check_dim("x", x, "(batch, count or 1, dim, H * W)", 4);
-  check_shape("x", x, "(batch, count or 1, dim, H * W)",
-              {x.size(0), x.size(1), x.size(2), H * W});
+  check_shape("x", x, "(batch, count or 1, dim, H * W)", {x.size(0), x.size(1), x.size(2), H * W});
   return gather(x, cross_routes(mode, H, W), channel_last);
 }
 

@@ -44,8 +44,7 @@ STABLE_TORCH_LIBRARY(statescan, m) {
       "cross_merge(Tensor y, SymInt H, SymInt W, str mode, str reduce, bool channel_last, "
       "ScalarType? out_dtype) -> Tensor");
   // x (batch, count or 1, dim, length) -> (batch, count, dim, steps), or (batch, steps, count, dim)
-  m.def(
-      "route_gather(Tensor x, Tensor? index, int[] digits, bool channel_last) -> Tensor");
+  m.def("route_gather(Tensor x, Tensor? index, int[] digits, bool channel_last) -> Tensor");
   // y (batch, count, dim, steps) -> (batch, dim, length), or (batch, length, dim)
   m.def(
       "route_scatter(Tensor y, Tensor? index, int[] digits, SymInt length, str reduce, "

@@ -146,6 +146,52 @@ bool streams(const Tensor& out) {
   return out.numel() * element_bytes(float_dtype("y", out)) >= int64_t(16) << 20;
 }
 
+// Where the visits of every row of the result begin, and the visits in the order of the table.
+struct Visits {
+  std::vector<int32_t> first, visits;
+};
+
+Visits visits_of(const RouteSet& routes, int64_t batch, int64_t length, bool sum) {
+  const int64_t tables = routes.index_stride == 0 ? 1 : batch;
+  const int64_t per_table = routes.count * routes.steps;
+  const int64_t rows = sum ? length : length * routes.count;
+  const auto row_of = [&](int64_t i, int32_t token) {
+    return sum ? int64_t(token) : token * routes.count + i / routes.steps;
+  };
+  Visits out;
+  out.first.assign(tables * (rows + 1), 0);
+  out.visits.resize(tables * per_table);
+  for (int64_t b = 0; b < tables; ++b) {
+    const int32_t* index = routes.index.data() + b * per_table;
+    int32_t* first = out.first.data() + b * (rows + 1);
+    for (int64_t i = 0; i < per_table; ++i) {
+      if (index[i] >= 0) ++first[row_of(i, index[i]) + 1];
+    }
+    for (int64_t row = 0; row < rows; ++row) first[row + 1] += first[row];
+    std::vector<int32_t> next(first, first + rows);
+    for (int64_t i = 0; i < per_table; ++i) {
+      if (index[i] >= 0) out.visits[b * per_table + next[row_of(i, index[i])]++] = int32_t(i);
+    }
+  }
+  return out;
+}
+
+template <class Params>
+void fill_rows(Params& p, const RouteSet& routes, int64_t batch, int64_t dim, int64_t length) {
+  p.batch = batch, p.count = routes.count, p.dim = dim;
+  p.length = length, p.steps = routes.steps;
+  p.index = routes.index.data();
+  p.index_stride = routes.index_stride;
+}
+
+// Visits are counted in 32 bits.
+bool few(const RouteSet& routes) {
+  return routes.count * routes.steps <= std::numeric_limits<int32_t>::max();
+}
+
+// Rows of at least so many channels are moved as they are; narrower ones by blocks of tokens.
+constexpr int64_t kLeastRow = 8;
+
 route_gather::Problem problem_of(const RouteSet& routes, int64_t batch, int64_t dim,
                                  int64_t length) {
   route_gather::Problem p{};
@@ -221,6 +267,16 @@ Tensor gather(const Tensor& tokens, RouteSet routes, bool channel_last) {
     return stack;
   }
   need_table(routes);
+  if (channel_last && from.stride[2] == 1 && dim >= kLeastRow) {
+    route_gather::GatherRowsParams p{};
+    fill_rows(p, routes, batch, dim, length);
+    p.stream = streams(stack);
+    p.tokens = from;
+    p.stack = stack_view("y", stack, channel_last);
+    run_tasks([](const auto& q, const Range& r) { route_gather::gather_rows(q, r); }, p, p.tasks(),
+              p.scratch_bytes());
+    return stack;
+  }
   route_gather::GatherParams p{problem_of(routes, batch, dim, length)};
   p.compute = compute_dtype({{"x", &tokens}});
   p.tokens = from;
@@ -242,8 +298,7 @@ Tensor scatter(const Tensor& stack, RouteSet routes, int64_t length, Reduce redu
   check_cpu("y", stack);
   const Sizes sizes = sizes_of(stack);
   const int64_t batch = sizes[0], dim = sizes[2];
-  check_shape("y", stack, "(batch, count, dim, steps)",
-              {batch, routes.count, dim, routes.steps});
+  check_shape("y", stack, "(batch, count, dim, steps)", {batch, routes.count, dim, routes.steps});
   const ScalarType dtype = out_dtype ? *out_dtype : stack.scalar_type();
   const bool sum = reduce != Reduce::kNone;
   const Sizes merged = channel_last ? Sizes{batch, length, dim} : Sizes{batch, dim, length};
@@ -276,6 +331,20 @@ Tensor scatter(const Tensor& stack, RouteSet routes, int64_t length, Reduce redu
     scale = one_over_visits(routes, batch, length);
     p.scale = scale.data();
     p.scale_stride = routes.index_stride == 0 ? 0 : length;
+  }
+  if (channel_last && from.stride[2] == 1 && dim >= kLeastRow && few(routes)) {
+    const Visits visits = visits_of(routes, batch, length, sum);
+    route_gather::ScatterRowsParams q{};
+    fill_rows(q, routes, batch, dim, length);
+    q.stream = streams(out);
+    q.compute = compute;
+    q.tokens = to, q.stack = from;
+    q.sum = sum;
+    q.first = visits.first.data(), q.visits = visits.visits.data();
+    q.scale = p.scale, q.scale_stride = p.scale_stride;
+    run_tasks([](const auto& r, const Range& range) { route_gather::scatter_rows(r, range); }, q,
+              q.tasks(), q.scratch_bytes());
+    return out;
   }
   p.compute = compute;
   p.stack = from;

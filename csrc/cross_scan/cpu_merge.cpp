@@ -82,14 +82,14 @@ void merge_plane(const MergeParams& p, int64_t task, R* acc) {
   for (int64_t k = 0; k < count; ++k) {
     const void* y = plane(p.stack, b, k, d);
     const int64_t next = k + 1 < count ? task : task + 1;
-    Ahead ahead(next < p.tasks() ? plane(p.stack, next / p.dim, (k + 1) % count, next % p.dim)
-                                 : nullptr,
-                p.length * element_bytes(p.stack.dtype));
+    Ahead ahead(
+        next < p.tasks() ? plane(p.stack, next / p.dim, (k + 1) % count, next % p.dim) : nullptr,
+        p.length * element_bytes(p.stack.dtype));
     with_type(p.stack.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       const LineRoute& route = (*p.routes)[k];
-      p.sum && k > 0 ? add_route<R, T, true>(route, static_cast<const T*>(y), acc, ahead)
-                     : add_route<R, T, false>(route, static_cast<const T*>(y), acc, ahead);
+      p.sum&& k > 0 ? add_route<R, T, true>(route, static_cast<const T*>(y), acc, ahead)
+                    : add_route<R, T, false>(route, static_cast<const T*>(y), acc, ahead);
     });
     if (p.sum && k + 1 < count) continue;
     store_plane(acc, p, plane(p.tokens, b, p.sum ? 0 : k, d));

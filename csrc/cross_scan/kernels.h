@@ -54,8 +54,9 @@ struct ScanParams {
   int64_t batch, dim, length;
   bool stream;  // store past the caches
   const std::vector<LineRoute>* routes;
-  View<4> tokens;  // (batch, route, dim, length), stride 1 along tokens; route stride 0: one for all
-  View<4> stack;   // (batch, route, dim, length), stride 1 along time, the same dtype
+  View<4>
+      tokens;     // (batch, route, dim, length), stride 1 along tokens; route stride 0: one for all
+  View<4> stack;  // (batch, route, dim, length), stride 1 along time, the same dtype
 
   int64_t tasks() const { return batch * dim; }
   int64_t grain() const;
@@ -68,8 +69,9 @@ struct MergeParams {
   bool stream;    // store past the caches
   DType compute;  // kFloat32 or kFloat64
   const std::vector<LineRoute>* routes;
-  View<4> stack;   // (batch, route, dim, length), stride 1 along time
-  View<4> tokens;  // (batch, route, dim, length), stride 1 along tokens; of the first route if summed
+  View<4> stack;  // (batch, route, dim, length), stride 1 along time
+  View<4>
+      tokens;  // (batch, route, dim, length), stride 1 along tokens; of the first route if summed
 
   int64_t tasks() const { return batch * dim; }
   int64_t grain() const;

@@ -38,12 +38,56 @@ struct Problem {
 struct GatherParams : Problem {};
 
 struct ScatterParams : Problem {
-  bool sum;           // over the routes; else tokens has one for each
+  bool sum;            // over the routes; else tokens has one for each
   const float* scale;  // (batch, length), times each token; or null
   int64_t scale_stride;
 };
 
+// Both sides channel-last: a row is the channels of one token at one step. A task is a block of rows
+// of the result of one batch element, worked on in stretches that stay in cache.
+struct RowsProblem {
+  int64_t batch, count, dim, length, steps;
+  bool stream;  // store past the caches
+  DType compute;
+  const int32_t* index;  // as above
+  int64_t index_stride;
+  View<4> tokens;  // (batch, route, dim, length), stride 1 along channels
+  View<4> stack;   // (batch, route, dim, steps), stride 1 along channels
+
+  static constexpr int64_t kStretchBytes = 1 << 14, kBlockBytes = 1 << 17;
+};
+
+struct GatherRowsParams : RowsProblem {
+  int64_t row_bytes() const { return count * dim * element_bytes(stack.dtype); }  // of a step
+  int64_t stretch() const { return kStretchBytes / row_bytes() + 1; }
+  int64_t block() const { return (kBlockBytes / kStretchBytes) * stretch(); }
+  int64_t blocks() const { return (steps + block() - 1) / block(); }
+  int64_t tasks() const { return batch * blocks(); }
+  int64_t scratch_bytes() const { return stretch() * row_bytes() + 64; }
+};
+
+// The rows of the result are tokens, or the pairs (token, route) if the routes are not summed.
+struct ScatterRowsParams : RowsProblem {
+  bool sum;
+  const int32_t* first;   // (batch or 1, rows + 1): where the visits of a row begin
+  const int32_t* visits;  // (batch or 1, count * steps): k * steps + t, in this order for each row
+  const float* scale;     // (batch or 1, length), or null
+  int64_t scale_stride;
+
+  int64_t rows() const { return sum ? length : length * count; }
+  int64_t row_bytes() const { return dim * element_bytes(tokens.dtype); }
+  int64_t stretch() const { return kStretchBytes / row_bytes() + 1; }
+  int64_t block() const { return (kBlockBytes / kStretchBytes / 4) * stretch(); }
+  int64_t blocks() const { return (rows() + block() - 1) / block(); }
+  int64_t tasks() const { return batch * blocks(); }
+  int64_t scratch_bytes() const {
+    return stretch() * row_bytes() + dim * element_bytes(compute) + 2 * 64;
+  }
+};
+
 STATESCAN_CPU_KERNEL(gather, GatherParams)
 STATESCAN_CPU_KERNEL(scatter, ScatterParams)
+STATESCAN_CPU_KERNEL(gather_rows, GatherRowsParams)
+STATESCAN_CPU_KERNEL(scatter_rows, ScatterRowsParams)
 
 }  // namespace statescan::route_gather
