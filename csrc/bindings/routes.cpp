@@ -277,8 +277,7 @@ Tensor gather(const Tensor& tokens, RouteSet routes, bool channel_last) {
               p.scratch_bytes());
     return stack;
   }
-  route_gather::GatherParams p{problem_of(routes, batch, dim, length)};
-  p.compute = compute_dtype({{"x", &tokens}});
+  route_gather::GatherParams p{problem_of(routes, batch, dim, length), streams(stack)};
   p.tokens = from;
   p.stack = stack_view("y", stack, channel_last);
   run_tasks([](const route_gather::GatherParams& q, const Range& r) { route_gather::gather(q, r); },
@@ -325,7 +324,7 @@ Tensor scatter(const Tensor& stack, RouteSet routes, int64_t length, Reduce redu
     return out;
   }
   need_table(routes);
-  route_gather::ScatterParams p{problem_of(routes, batch, dim, length), sum, nullptr, 0};
+  route_gather::ScatterParams p{problem_of(routes, batch, dim, length), compute, sum, nullptr, 0};
   std::vector<float> scale;
   if (reduce == Reduce::kMean) {
     scale = one_over_visits(routes, batch, length);
@@ -346,7 +345,6 @@ Tensor scatter(const Tensor& stack, RouteSet routes, int64_t length, Reduce redu
               q.tasks(), q.scratch_bytes());
     return out;
   }
-  p.compute = compute;
   p.stack = from;
   p.tokens = to;
   run_tasks(

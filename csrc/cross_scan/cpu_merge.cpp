@@ -16,21 +16,35 @@ template <class R, bool kAdd>
 STATESCAN_INLINE void put(R* acc, Vec<R> v, int first) {
   if constexpr (!kAdd) return store(acc, v);
   const Vec<R> before = load(acc);
+  if (first == 0) return store(acc, before + v);
   const Vec<R> lane = lane_numbers<R>(std::make_integer_sequence<int, kLanes<R>>{});
   store(acc, lane >= splat<R>(R(first)) ? before + v : before);
 }
 
+// One line of n >= kLanes tokens, in pieces between which the next plane is asked for.
+template <class R, class T, bool kAdd, bool kFlip>
+void add_line(const T* y, int64_t n, R* acc, Ahead& ahead) {
+  constexpr int lanes = kLanes<R>;
+  const auto add = [&](int64_t i, int first) {
+    const Vec<R> v = load_convert<R>(y + (kFlip ? n - lanes - i : i));
+    put<R, kAdd>(acc + i, kFlip ? reversed<R>(v) : v, first);
+  };
+  int64_t i = 0;
+  while (i + lanes <= n) {
+    const int64_t stop = std::min(i + 16 * lanes, n - lanes + 1);
+    ahead.ask(16 * lanes * int64_t(sizeof(T)));
+    for (; i < stop; i += lanes) add(i, 0);
+  }
+  if (i < n) add(n - lanes, int(i - (n - lanes)));
+}
+
 template <class R, class T, bool kAdd>
 void add_rows(const LineRoute& route, const T* y, R* acc, Ahead& ahead) {
-  constexpr int lanes = kLanes<R>;
   for (int64_t p = 0; p < route.planes; ++p) {
     const Line& line = route.lines[p];
     R* to = acc + p * route.n;
-    for_blocks(route.n, lanes, [&](int64_t i, int first) {
-      const Vec<R> v = load_convert<R>(y + time_of(line, route.n, i, lanes));
-      put<R, kAdd>(to + i, line.flip ? reversed<R>(v) : v, first);
-      ahead.ask(lanes * int64_t(sizeof(T)));
-    });
+    line.flip ? add_line<R, T, kAdd, true>(y + line.time, route.n, to, ahead)
+              : add_line<R, T, kAdd, false>(y + line.time, route.n, to, ahead);
   }
 }
 
@@ -60,10 +74,44 @@ void add_columns(const LineRoute& route, const T* y, R* acc, Ahead& ahead) {
   }
 }
 
+// The same for bfloat16 and lines long enough for blocks twice as high: two rows share a lane while
+// they are transposed, and each is half of a float32.
+template <bool kAdd>
+void add_tall_columns(const LineRoute& route, const BFloat16* y, float* acc, Ahead& ahead) {
+  constexpr int lanes = kLanes<float>;
+  const int64_t n = route.n, stride = route.stride;
+  for (int64_t p = 0; p < route.planes; ++p) {
+    for_blocks(stride, lanes, [&](int64_t s, int first_column) {
+      const Line* lines = route.lines.data() + p * stride + s;
+      for_blocks(n, 2 * lanes, [&](int64_t i, int first_row) {
+        Vec<uint32_t> v[lanes];
+#pragma GCC unroll 16
+        for (int c = 0; c < lanes; ++c) {
+          const auto column = load_as<Vec<uint16_t>>(y + time_of(lines[c], n, i, 2 * lanes));
+          v[c] = (Vec<uint32_t>)(lines[c].flip ? reversed<uint16_t>(column) : column);
+        }
+        transpose<uint32_t>(v);
+        ahead.ask(2 * lanes * lanes * int64_t(sizeof(BFloat16)));
+        float* to = acc + (p * n + i) * stride + s;
+#pragma GCC unroll 16
+        for (int r = 0; r < lanes; ++r) {
+          const auto even = (FloatVec)(v[r] << 16), odd = (FloatVec)(v[r] & 0xffff0000u);
+          float* row = to + 2 * r * stride;
+          if (!kAdd || 2 * r >= first_row) put<float, kAdd>(row, even, first_column);
+          if (!kAdd || 2 * r + 1 >= first_row) put<float, kAdd>(row + stride, odd, first_column);
+        }
+      });
+    });
+  }
+}
+
 template <class R, class T, bool kAdd>
 void add_route(const LineRoute& route, const T* y, R* acc, Ahead& ahead) {
-  route.stride == 1 ? add_rows<R, T, kAdd>(route, y, acc, ahead)
-                    : add_columns<R, T, kAdd>(route, y, acc, ahead);
+  if (route.stride == 1) return add_rows<R, T, kAdd>(route, y, acc, ahead);
+  if constexpr (std::is_same_v<R, float> && std::is_same_v<T, BFloat16>) {
+    if (route.n >= kLanes<uint16_t>) return add_tall_columns<kAdd>(route, y, acc, ahead);
+  }
+  add_columns<R, T, kAdd>(route, y, acc, ahead);
 }
 
 template <class R>

@@ -1,52 +1,36 @@
+#include "common/bits.h"
 #include "cross_scan/cpu_lines.h"
 
 namespace statescan::cross_scan {
 namespace STATESCAN_ISA {
 namespace {
 
-// Elements are moved as integers of their size: no value is changed, and 16-bit ones are widened to
-// lanes that can be transposed.
+// One line backwards, in pieces between which the next plane is asked for.
 template <class E>
-using Lane = std::conditional_t<sizeof(E) == 8, uint64_t, uint32_t>;
-
-template <class E>
-STATESCAN_INLINE Vec<Lane<E>> load_bits(const E* p) {
-  if constexpr (sizeof(E) == 2) {
-    using Narrow = typename VectorOf<uint16_t, kLanes<uint32_t>>::type;
-    return __builtin_convertvector(load_as<Narrow>(p), Vec<uint32_t>);
-  } else {
-    return load(p);
+void copy_flipped(const E* x, int64_t n, E* y, Ahead& ahead) {
+  constexpr int lanes = kLanes<E>;
+  if (n < lanes) {
+    for (int64_t i = 0; i < n; ++i) y[n - 1 - i] = x[i];
+    return;
   }
-}
-
-template <class E>
-STATESCAN_INLINE void store_bits(E* p, Vec<Lane<E>> v) {
-  if constexpr (sizeof(E) == 2) {
-    using Narrow = typename VectorOf<uint16_t, kLanes<uint32_t>>::type;
-    const Narrow narrow = __builtin_convertvector(v, Narrow);
-    memcpy(p, &narrow, sizeof(narrow));
-  } else {
-    store(p, v);
+  const auto copy = [&](int64_t i) { store(y + n - lanes - i, reversed<E>(load(x + i))); };
+  int64_t i = 0;
+  while (i + lanes <= n) {
+    const int64_t stop = std::min(i + 16 * lanes, n - lanes + 1);
+    ahead.ask(16 * lanes * int64_t(sizeof(E)));
+    for (; i < stop; i += lanes) copy(i);
   }
+  copy(n - lanes);
 }
 
 // Rows: every line is copied, forwards or backwards.
 template <class E>
 void copy_rows(const LineRoute& route, const E* x, E* y, Ahead& ahead) {
-  constexpr int lanes = kLanes<E>;
   for (int64_t p = 0; p < route.planes; ++p) {
     const Line& line = route.lines[p];
     const E* from = x + p * route.n;
-    if (!line.flip) {
-      memcpy(y + line.time, from, route.n * sizeof(E));
-    } else if (route.n < lanes) {
-      for (int64_t i = 0; i < route.n; ++i) y[line.time + route.n - 1 - i] = from[i];
-    } else {
-      for_blocks(route.n, lanes, [&](int64_t i, int) {
-        store(y + time_of(line, route.n, i, lanes), reversed<E>(load(from + i)));
-        ahead.ask(lanes * int64_t(sizeof(E)));
-      });
-    }
+    line.flip ? copy_flipped(from, route.n, y + line.time, ahead)
+              : (void)memcpy(y + line.time, from, route.n * sizeof(E));
   }
 }
 
@@ -75,9 +59,41 @@ void copy_columns(const LineRoute& route, const E* x, E* y, Ahead& ahead) {
   }
 }
 
+// The same for 16-bit elements and lines long enough for blocks twice as high: two rows share a lane,
+// so that each column comes out as one whole vector.
+void copy_tall_columns(const LineRoute& route, const uint16_t* x, uint16_t* y, Ahead& ahead) {
+  constexpr int lanes = kLanes<uint32_t>;
+  const int64_t n = route.n, stride = route.stride;
+  for (int64_t p = 0; p < route.planes; ++p) {
+    for_blocks(stride, lanes, [&](int64_t s, int) {
+      const Line* lines = route.lines.data() + p * stride + s;
+      for_blocks(n, 2 * lanes, [&](int64_t i, int) {
+        const uint16_t* from = x + (p * n + i) * stride + s;
+        Vec<uint32_t> v[lanes];
+#pragma GCC unroll 16
+        for (int r = 0; r < lanes; ++r) {
+          v[r] = load_bits(from + 2 * r * stride) | load_bits(from + (2 * r + 1) * stride) << 16;
+        }
+        transpose<uint32_t>(v);
+        ahead.ask(2 * lanes * lanes * int64_t(sizeof(uint16_t)));
+#pragma GCC unroll 16
+        for (int c = 0; c < lanes; ++c) {
+          const auto column = (Vec<uint16_t>)v[c];
+          store(y + time_of(lines[c], n, i, 2 * lanes),
+                lines[c].flip ? reversed<uint16_t>(column) : column);
+        }
+      });
+    });
+  }
+}
+
 template <class E>
 void copy_route(const LineRoute& route, const E* x, E* y, Ahead& ahead) {
-  route.stride == 1 ? copy_rows(route, x, y, ahead) : copy_columns(route, x, y, ahead);
+  if (route.stride == 1) return copy_rows(route, x, y, ahead);
+  if constexpr (sizeof(E) == 2) {
+    if (route.n >= kLanes<uint16_t>) return copy_tall_columns(route, x, y, ahead);
+  }
+  copy_columns(route, x, y, ahead);
 }
 
 // A route is put together in cache and then copied as a whole, past the caches if the result is too
@@ -105,11 +121,8 @@ void scan_plane(const ScanParams& p, int64_t task, E* scratch) {
 
 void scan(const ScanParams& p, const Range& range) {
   for (int64_t task = range.begin; task < range.end; ++task) {
-    switch (element_bytes(p.tokens.dtype)) {
-      case 2: scan_plane(p, task, static_cast<uint16_t*>(range.scratch)); break;
-      case 4: scan_plane(p, task, static_cast<uint32_t*>(range.scratch)); break;
-      default: scan_plane(p, task, static_cast<uint64_t*>(range.scratch)); break;
-    }
+    with_bits(p.tokens.dtype,
+              [&](auto* type) { scan_plane(p, task, static_cast<decltype(type)>(range.scratch)); });
   }
   if (p.stream) end_stream();
 }

@@ -1,127 +1,170 @@
 #include <algorithm>
 
+#include "common/bits.h"
 #include "common/scratch.h"
-#include "common/tile.h"
+#include "common/stream.h"
 #include "route_gather/kernels.h"
 
 namespace statescan::route_gather {
 namespace STATESCAN_ISA {
 namespace {
 
-// Copies change no value: half precision goes as bfloat16, which is as wide and cheaper to convert.
-View<4> as_bits(View<4> x) {
-  if (x.dtype == DType::kFloat16) x.dtype = DType::kBFloat16;
-  return x;
-}
+// A row is one vector: the channels of a token side by side, 16-bit ones in pairs in a lane.
+template <class E>
+inline constexpr int kPack = int(sizeof(Lane<E>) / sizeof(E));
+template <class E>
+inline constexpr int kWidth = kLanes<Lane<E>> * kPack<E>;
 
-// The rows that a task chooses from: of each token its channels, side by side.
-template <class T>
-struct Rows {
-  const T* data;
-  int64_t pitch;
+// One side's elements as it has them: (channel, token or step).
+template <class E>
+struct Channels {
+  E* data;
+  int64_t channel_stride, time_stride;
 };
 
-template <class R, class U>
-STATESCAN_INLINE void store_some(U* to, Vec<R> v, int count) {
-  if (count == kLanes<R>) return store_convert<R>(to, v);
-  R values[kLanes<R>];
-  store(values, v);
-  for (int i = 0; i < count; ++i) store_one<R>(to + i, values[i]);
+// Lane i of a block of rows, transposed: channels kPack * i and on, in consecutive steps.
+template <class E>
+STATESCAN_INLINE Vec<Lane<E>> load_packed(const E* const* channels, int64_t t) {
+  if constexpr (kPack<E> == 1) return load_bits(channels[0] + t);
+  if constexpr (kPack<E> == 2) {
+    return load_bits(channels[0] + t) | load_bits(channels[1] + t) << 16;
+  }
 }
 
-// One route of one block: `lanes` steps at a time, transposed in registers.
-template <class R, class T, class U>
-void gather_to_channels(const Rows<T>& x, const int32_t* index, int64_t steps, int channels, U* y,
-                        int64_t channel_stride) {
-  constexpr int lanes = kLanes<R>;
-  int64_t t = 0;
-  while (t < steps) {
-    // The last block overlaps the one before it.
-    const int64_t begin = t + lanes <= steps ? t : std::max<int64_t>(steps - lanes, 0);
-    const int count = int(std::min<int64_t>(lanes, steps - begin));
-    Vec<R> v[lanes];
+// Tokens from channels into rows.
+template <class E>
+void transpose_tokens(const Channels<const E>& x, int channels, int64_t length, E* rows) {
+  constexpr int lanes = kLanes<Lane<E>>;
+  const E* channel[kWidth<E>];  // what is beyond the last one is never looked at
+  for (int c = 0; c < kWidth<E>; ++c) {
+    channel[c] = x.data + (c < channels ? c : 0) * x.channel_stride;
+  }
+  for (int64_t t = 0; t < length; t += lanes) {
+    const int64_t begin = std::min(t, length - lanes);  // the last block overlaps
+    Vec<Lane<E>> v[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) v[i] = load_packed<E>(channel + i * kPack<E>, begin);
+    transpose<Lane<E>>(v);
+#pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
-      const int64_t token = i < count ? index[begin + i] : -1;
-      v[i] = token >= 0 ? load_convert<R>(x.data + token * x.pitch) : Vec<R>{};
+      memcpy(rows + (begin + i) * kWidth<E>, &v[i], sizeof(v[i]));
     }
-    transpose<R>(v);
+  }
+}
+
+template <class E>
+void keep_tokens(const Channels<const E>& x, int channels, int64_t length, E* rows) {
+  if (x.time_stride == 1 && length >= kLanes<Lane<E>>) {
+    return transpose_tokens(x, channels, length, rows);
+  }
+  for (int64_t t = 0; t < length; ++t) {
+    const E* from = x.data + t * x.time_stride;
+    for (int c = 0; c < channels; ++c) rows[t * kWidth<E> + c] = from[c * x.channel_stride];
+  }
+}
+
+template <class E>
+STATESCAN_INLINE Vec<Lane<E>> row_of(const E* rows, int64_t pitch, int32_t token) {
+  return token >= 0 ? load_as<Vec<Lane<E>>>(rows + token * pitch) : Vec<Lane<E>>{};
+}
+
+// Steps [0, steps) of a stretch, transposed back: buffer[c * kStretch + t]. Whole vectors are
+// written, beyond the last step too.
+template <class E>
+void gather_stretch(const E* rows, int64_t pitch, const int32_t* index, int64_t steps, E* buffer) {
+  constexpr int lanes = kLanes<Lane<E>>;
+  for (int64_t t = 0; t < steps; t += lanes) {
+    const int count = int(std::min<int64_t>(lanes, steps - t));
+    Vec<Lane<E>> v[lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) v[i] = row_of(rows, pitch, i < count ? index[t + i] : -1);
+    transpose<Lane<E>>(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) {
+      E* to = buffer + i * kPack<E> * GatherParams::kStretch + t;
+      store_bits(to, v[i]);
+      if constexpr (kPack<E> == 2) store_bits(to + GatherParams::kStretch, v[i] >> 16);
+    }
+  }
+}
+
+template <class E>
+void gather_to_channels(const E* rows, int64_t pitch, const int32_t* index, int64_t steps,
+                        int channels, const Channels<E>& y, E* buffer, bool stream) {
+  constexpr int64_t stretch = GatherParams::kStretch;
+  for (int64_t t = 0; t < steps; t += stretch) {
+    const int64_t some = std::min(stretch, steps - t), bytes = some * int64_t(sizeof(E));
+    gather_stretch(rows, pitch, index + t, some, buffer);
     for (int c = 0; c < channels; ++c) {
-      U* to = y + c * channel_stride + begin;
-      store_some<R>(to, v[c], count);
+      E* to = y.data + c * y.channel_stride + t;
+      stream ? stream_copy(to, buffer + c * stretch, bytes)
+             : (void)memcpy(to, buffer + c * stretch, bytes);
     }
-    t = begin + lanes;
   }
 }
 
-template <class R, class T, class U>
-void gather_to_rows(const Rows<T>& x, const int32_t* index, int64_t steps, int channels, U* y,
-                    int64_t time_stride) {
+template <class E>
+void gather_to_rows(const E* rows, int64_t pitch, const int32_t* index, int64_t steps, int channels,
+                    const Channels<E>& y) {
   for (int64_t t = 0; t < steps; ++t) {
-    const Vec<R> v = index[t] >= 0 ? load_convert<R>(x.data + index[t] * x.pitch) : Vec<R>{};
-    U* to = y + t * time_stride;
-    store_some<R>(to, v, channels);
+    const Vec<Lane<E>> row = row_of(rows, pitch, index[t]);
+    E* to = y.data + t * y.time_stride;
+    channels == kWidth<E> ? (void)memcpy(to, &row, sizeof(row))
+                          : (void)memcpy(to, &row, channels * sizeof(E));
   }
 }
 
-// Up to kLanes channels from d on, of all routes.
-template <class R>
-void gather_lanes(const GatherParams& p, int64_t b, int64_t d, int channels, Scratch scratch) {
-  const View<4> tokens = as_bits(p.tokens), stack = as_bits(p.stack);
-  R* kept = scratch.take<R>((p.length + 1) * kLanes<R>);
-  const bool in_place = tokens.stride[2] == 1 && channels == kLanes<R>;
+template <class E>
+Channels<E> channels_of(const View<4>& x, int64_t b, int64_t k, int64_t d) {
+  using T = std::remove_const_t<E>;
+  return {static_cast<T*>(x.data) + b * x.stride[0] + k * x.stride[1] + d * x.stride[2],
+          x.stride[2], x.stride[3]};
+}
+
+// Up to kWidth channels from d on, of all routes.
+template <class E>
+void gather_width(const GatherParams& p, int64_t b, int64_t d, int channels, Scratch scratch) {
+  E* kept = scratch.take<E>(p.length * kWidth<E>);
+  E* buffer = scratch.take<E>(GatherParams::kStretch * kWidth<E>);
+  const bool in_place = p.tokens.stride[2] == 1 && channels == kWidth<E>;
   for (int64_t k = 0; k < p.count; ++k) {
-    const Plane x = Plane{tokens.data, tokens.dtype, tokens.stride[2], tokens.stride[3]}.shifted(
-        b * tokens.stride[0] + k * tokens.stride[1] + d * tokens.stride[2]);
-    if (!in_place && (k == 0 || tokens.stride[1] != 0)) {
-      load_tile<R>(x, channels, int(p.length), kept, kLanes<R>);
+    const auto x = channels_of<const E>(p.tokens, b, k, d);
+    const auto y = channels_of<E>(p.stack, b, k, d);
+    if (!in_place && (k == 0 || p.tokens.stride[1] != 0)) {
+      keep_tokens(x, channels, p.length, kept);
     }
+    const E* rows = in_place ? x.data : kept;
+    const int64_t pitch = in_place ? x.time_stride : kWidth<E>;
     const int32_t* index = p.index + b * p.index_stride + k * p.steps;
-    const int64_t at = b * stack.stride[0] + k * stack.stride[1] + d * stack.stride[2];
-    with_type(stack.dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      T* y = static_cast<T*>(stack.data) + at;
-      const auto gather_from = [&](const auto& rows) {
-        if (stack.stride[3] == 1) {
-          gather_to_channels<R>(rows, index, p.steps, channels, y, stack.stride[2]);
-        } else {
-          gather_to_rows<R>(rows, index, p.steps, channels, y, stack.stride[3]);
-        }
-      };
-      if (in_place) {
-        gather_from(Rows<T>{static_cast<const T*>(x.data), x.time_stride});
-      } else {
-        gather_from(Rows<R>{kept, kLanes<R>});
-      }
-    });
+    if (y.time_stride == 1) {
+      gather_to_channels(rows, pitch, index, p.steps, channels, y, buffer, p.stream);
+    } else {
+      gather_to_rows(rows, pitch, index, p.steps, channels, y);
+    }
   }
 }
 
 // A few channels: transposing would move mostly nothing.
-template <class T>
+template <class E>
 void gather_one(const GatherParams& p, int64_t b, int64_t d) {
   for (int64_t k = 0; k < p.count; ++k) {
-    const int64_t *from = p.tokens.stride, *to = p.stack.stride;
+    const auto x = channels_of<const E>(p.tokens, b, k, d);
+    const auto y = channels_of<E>(p.stack, b, k, d);
     const int32_t* index = p.index + b * p.index_stride + k * p.steps;
-    const T* x = static_cast<const T*>(p.tokens.data) + b * from[0] + k * from[1] + d * from[2];
-    T* y = static_cast<T*>(p.stack.data) + b * to[0] + k * to[1] + d * to[2];
     for (int64_t t = 0; t < p.steps; ++t) {
-      y[t * to[3]] = index[t] >= 0 ? x[index[t] * from[3]] : T{};
+      y.data[t * y.time_stride] = index[t] >= 0 ? x.data[index[t] * x.time_stride] : E(0);
     }
   }
 }
 
-template <class R>
-void gather_block(const GatherParams& p, int64_t b, int64_t d, int channels, void* scratch) {
-  for (int64_t end = d + channels; d < end; d += kLanes<R>) {
-    const int count = int(std::min<int64_t>(kLanes<R>, end - d));
-    if (4 * count > kLanes<R>) {
-      gather_lanes<R>(p, b, d, count, Scratch(scratch));
-      continue;
-    }
-    for (int c = 0; c < count; ++c) {
-      with_type(p.stack.dtype, [&](auto* type) {
-        gather_one<std::remove_pointer_t<decltype(type)>>(p, b, d + c);
-      });
+template <class E>
+void gather_block(const GatherParams& p, int64_t b, int64_t d, int64_t end, void* scratch) {
+  for (; d < end; d += kWidth<E>) {
+    const int channels = int(std::min<int64_t>(kWidth<E>, end - d));
+    if (4 * channels > kWidth<E>) {
+      gather_width<E>(p, b, d, channels, Scratch(scratch));
+    } else {
+      for (int c = 0; c < channels; ++c) gather_one<E>(p, b, d + c);
     }
   }
 }
@@ -131,10 +174,12 @@ void gather_block(const GatherParams& p, int64_t b, int64_t d, int channels, voi
 void gather(const GatherParams& p, const Range& range) {
   for (int64_t task = range.begin; task < range.end; ++task) {
     const int64_t b = task / p.blocks(), d = task % p.blocks() * Problem::kChannels;
-    const int channels = int(std::min(Problem::kChannels, p.dim - d));
-    p.compute == DType::kFloat64 ? gather_block<double>(p, b, d, channels, range.scratch)
-                                 : gather_block<float>(p, b, d, channels, range.scratch);
+    const int64_t end = std::min(d + Problem::kChannels, p.dim);
+    with_bits(p.tokens.dtype, [&](auto* type) {
+      gather_block<std::remove_pointer_t<decltype(type)>>(p, b, d, end, range.scratch);
+    });
   }
+  if (p.stream) end_stream();
 }
 
 }  // namespace STATESCAN_ISA

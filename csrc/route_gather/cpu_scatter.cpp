@@ -34,8 +34,8 @@ void add_route(const ScatterParams& p, const Plane& y, const int32_t* index, int
     });
     return;
   }
-  for (int64_t t = 0; t < p.steps; t += Problem::kTile) {
-    const int steps = int(std::min(Problem::kTile, p.steps - t));
+  for (int64_t t = 0; t < p.steps; t += ScatterParams::kTile) {
+    const int steps = int(std::min(ScatterParams::kTile, p.steps - t));
     load_tile<R>(y.at(0, t), channels, steps, tile, kLanes<R>);
     add_rows<R, R>(tile, kLanes<R>, index + t, steps, sums);
   }
@@ -51,7 +51,7 @@ void scale_rows(const float* scale, int64_t length, R* sums) {
 // Up to kLanes channels from d on: their sums of all tokens lie in scratch.
 template <class R>
 void scatter_lanes(const ScatterParams& p, int64_t b, int64_t d, int channels, Scratch scratch) {
-  R* tile = scratch.take<R>(Problem::kTile * kLanes<R>);
+  R* tile = scratch.take<R>(ScatterParams::kTile * kLanes<R>);
   R* sums = scratch.take<R>(p.length * kLanes<R>);
   for (int64_t k = 0; k < p.count; ++k) {
     if (k == 0 || !p.sum) std::fill_n(sums, p.length * kLanes<R>, R(0));

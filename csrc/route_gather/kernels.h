@@ -17,30 +17,35 @@ namespace statescan::route_gather {
 // all visits of a token, in the order of routes and steps.
 struct Problem {
   int64_t batch, count, dim, length, steps;
-  DType compute;         // kFloat32, or kFloat64
   const int32_t* index;  // (batch, count, steps)
   int64_t index_stride;  // from one batch element to the next; 0: the same for all
   View<4> tokens;        // (batch, route, dim, length), route stride 0: one for all
   View<4> stack;         // (batch, route, dim, steps)
 
-  static constexpr int64_t kChannels = 16;  // of a task: the lanes of the widest vector
-  static constexpr int64_t kTile = 64;      // steps that are loaded at a time
+  static constexpr int64_t kChannels = 32;  // of a task: two of the widest vectors
 
   int64_t blocks() const { return (dim + kChannels - 1) / kChannels; }
   int64_t tasks() const { return batch * blocks(); }
   int64_t grain() const;
-  // Tokens of the channels of a task, and a tile of them.
-  int64_t scratch_bytes() const {
-    return (length + kTile) * kChannels * element_bytes(compute) + 2 * 64;
-  }
 };
 
-struct GatherParams : Problem {};
+struct GatherParams : Problem {
+  bool stream;  // store past the caches
+
+  static constexpr int64_t kStretch = 256;  // steps that are put together before they are stored
+  // A vector for each token and for each step of a stretch.
+  int64_t scratch_bytes() const { return (length + kStretch) * 64 + 2 * 64; }
+};
 
 struct ScatterParams : Problem {
+  DType compute;       // kFloat32, or kFloat64
   bool sum;            // over the routes; else tokens has one for each
-  const float* scale;  // (batch, length), times each token; or null
+  const float* scale;  // (batch or 1, length), times each token; or null
   int64_t scale_stride;
+
+  static constexpr int64_t kTile = 64;  // steps that are loaded at a time
+  // A vector for each token, and for each step of a tile.
+  int64_t scratch_bytes() const { return (length + kTile) * 64 + 2 * 64; }
 };
 
 // Both sides channel-last: a row is the channels of one token at one step. A task is a block of rows
