@@ -37,4 +37,16 @@ STABLE_TORCH_LIBRARY(statescan, m) {
       "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
       "bool silu, Tensor? cache_seqlens, Tensor? conv_state_indices) -> Tensor");
   m.def("causal_conv1d_varlen_states(Tensor x, Tensor cu_seqlens, int state_len) -> Tensor");
+  // x (batch, count or 1, dim, H * W) -> (batch, count, dim, H * W), or (batch, H * W, count, dim)
+  m.def("cross_scan(Tensor x, SymInt H, SymInt W, str mode, bool channel_last) -> Tensor");
+  // y (batch, count, dim, H * W) -> (batch, dim, H * W), or (batch, H * W, dim)
+  m.def(
+      "cross_merge(Tensor y, SymInt H, SymInt W, str mode, str reduce, bool channel_last, "
+      "ScalarType? out_dtype) -> Tensor");
+  // x (batch, count or 1, dim, length) -> (batch, count, dim, steps), or (batch, steps, count, dim)
+  m.def("route_gather(Tensor x, Tensor? index, int[] digits, bool channel_last) -> Tensor");
+  // y (batch, count, dim, steps) -> (batch, dim, length), or (batch, length, dim)
+  m.def(
+      "route_scatter(Tensor y, Tensor? index, int[] digits, SymInt length, str reduce, "
+      "bool channel_last, ScalarType? out_dtype) -> Tensor");
 }

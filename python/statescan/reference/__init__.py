@@ -9,6 +9,8 @@ from statescan.reference.causal_conv1d import (
     causal_conv1d_update,
     causal_conv1d_varlen_states,
 )
+from statescan.reference.cross_scan import cross_merge, cross_scan
+from statescan.reference.route_gather import route_gather, route_scatter
 from statescan.reference.selective_scan import selective_scan
 from statescan.reference.selective_state_update import selective_state_update
 
@@ -16,6 +18,10 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
+    "cross_merge",
+    "cross_scan",
+    "route_gather",
+    "route_scatter",
     "selective_scan",
     "selective_state_update",
 ]

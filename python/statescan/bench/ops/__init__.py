@@ -4,6 +4,9 @@ import statescan
 from statescan.bench.ops import (
     causal_conv1d,
     causal_conv1d_update,
+    cross_merge,
+    cross_scan,
+    route_gather,
     selective_scan,
     selective_state_update,
 )
@@ -11,6 +14,14 @@ from statescan.bench.suite import Op
 
 OPS: dict[str, Op] = {
     module.OP.name: module.OP
-    for module in (selective_scan, causal_conv1d, selective_state_update, causal_conv1d_update)
+    for module in (
+        selective_scan,
+        causal_conv1d,
+        selective_state_update,
+        causal_conv1d_update,
+        cross_scan,
+        cross_merge,
+        route_gather,
+    )
     if hasattr(statescan, module.OP.name)
 }
