@@ -1,0 +1,445 @@
+// Backward of the selective scan along routes on the CPU. Each piece is walked forward once more from
+// the state saved at its chunk, keeping h and a of every step, then backward. See cpu_walk.h for who
+// does what.
+#include "selective_scan_2d/cpu_walk.h"
+
+namespace statescan::selective_scan_2d {
+namespace STATESCAN_ISA {
+namespace {
+
+using selective_scan::decay;
+using selective_scan::next_state;
+using selective_scan::step_vjp;
+
+// The operands of one piece and one block of states.
+template <class R>
+struct Steps {
+  int count;
+  const int64_t* at;          // (step): where in u, dy and y
+  const R *delta, *u, *dy;    // (step, lane), (token, lane), (token, lane)
+  R *y, *d_delta, *d_delta_u; // (token, lane), (step, lane), (step, lane), added to
+  const R *A, *A_log2e;       // (state, lane)
+  const R *B, *C;             // (state, kPitch)
+  R *dB, *dC;                 // (step, state), the sums over the lanes
+  int64_t states;             // elements from one step of dB and dC to the next
+  bool add;                   // to what is in dB and dC
+  const R* h0;                // (state, lane), before the first step
+  R *dh, *dA;                 // (state, lane): updated; added to
+  R *h, *a;                   // room for (1 + step, state, lane) and (step, state, lane)
+};
+
+// Each channel's share of dB or dC, one vector per step and state, summed over the lanes: kLanes
+// vectors at a time, which costs 3 operations for each instead of a horizontal sum. Steps come from
+// the last to the first.
+template <class R, int kN>
+class LaneSum {
+ public:
+  static constexpr int kHeld = kN > kLanes<R> ? kN : kLanes<R>;
+  static constexpr int kSteps = kHeld / kN;
+
+  LaneSum(R* out, const Steps<R>& s) : out_(out), s_(s) {}
+
+  STATESCAN_INLINE Vec<R>& share(int i, int n) { return held_[i % kSteps * kN + n]; }
+
+  // The shares of step i are complete.
+  STATESCAN_INLINE void step_done(int i) {
+    if (i % kSteps != 0) return;
+    R* out = out_ + i * s_.states;
+    if constexpr (kN >= kLanes<R>) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kN; n += kLanes<R>) put(out + n, sum_lanes<R>(held_ + n), kLanes<R>);
+    } else {
+      const int steps = s_.count - i < kSteps ? s_.count - i : kSteps;
+      const Vec<R> sums = sum_lanes<R>(held_);
+      if (s_.states == kN) return put(out, sums, steps * kN);
+      for (int j = 0; j < steps; ++j) {
+        for (int n = 0; n < kN; ++n) {
+          R& sum = out[j * s_.states + n];
+          sum = s_.add ? sum + sums[j * kN + n] : sums[j * kN + n];
+        }
+      }
+    }
+  }
+
+ private:
+  STATESCAN_INLINE void put(R* out, Vec<R> sums, int count) {
+    store_first(out, s_.add ? load_first(out, count) + sums : sums, count);
+  }
+
+  Vec<R> held_[kHeld];
+  R* out_;
+  const Steps<R>& s_;
+};
+
+// h and a of every step; for kWantY also y, and dweight, its product with dy summed over the steps.
+template <class R, int kN, bool kWantY>
+STATESCAN_INLINE void recompute(const Steps<R>& s, Vec<R> D, Vec<R> weight, R* dweight) {
+  constexpr int kStates = kN * kLanes<R>;
+  Vec<R> h[kN];
+#pragma GCC unroll 16
+  for (int n = 0; n < kN; ++n) {
+    h[n] = load(s.h0 + n * kLanes<R>);
+    store(s.h + n * kLanes<R>, h[n]);
+  }
+  Vec<R> y_dy{};
+  for (int i = 0; i < s.count; ++i) {
+    const Vec<R> delta = load(s.delta + i * kLanes<R>), u = load(s.u + s.at[i]);
+    const Vec<R> delta_u = delta * u;
+    Vec<R> y = D * u;
+#pragma GCC unroll 16
+    for (int n = 0; n < kN; ++n) {
+      const Vec<R> a = decay(delta, load(s.A_log2e + n * kLanes<R>));
+      h[n] = next_state(a, h[n], delta_u, s.B[n * kPitch + i]);
+      store(s.a + i * kStates + n * kLanes<R>, a);
+      store(s.h + (i + 1) * kStates + n * kLanes<R>, h[n]);
+      if constexpr (kWantY) y += s.C[n * kPitch + i] * h[n];
+    }
+    if constexpr (kWantY) {
+      store(s.y + s.at[i], load(s.y + s.at[i]) + weight * y);
+      y_dy += y * load(s.dy + s.at[i]);
+    }
+  }
+  if constexpr (kWantY) store(dweight, load(dweight) + y_dy);
+}
+
+template <class R, int kN>
+STATESCAN_INLINE void walk_back(const Steps<R>& s, Vec<R> weight) {
+  constexpr int kStates = kN * kLanes<R>;
+  Vec<R> dh[kN];
+#pragma GCC unroll 16
+  for (int n = 0; n < kN; ++n) dh[n] = load(s.dh + n * kLanes<R>);
+  LaneSum<R, kN> dB_sum(s.dB, s), dC_sum(s.dC, s);
+  for (int i = s.count - 1; i >= 0; --i) {
+    const Vec<R> delta = load(s.delta + i * kLanes<R>), delta_u = delta * load(s.u + s.at[i]);
+    const Vec<R> dy = weight * load(s.dy + s.at[i]);
+    Vec<R> d_delta = load(s.d_delta + i * kLanes<R>);
+    Vec<R> d_delta_u = load(s.d_delta_u + i * kLanes<R>);
+#pragma GCC unroll 16
+    for (int n = 0; n < kN; ++n) {
+      Vec<R> dA = load(s.dA + n * kLanes<R>);
+      step_vjp(load(s.a + i * kStates + n * kLanes<R>), load(s.h + i * kStates + n * kLanes<R>),
+               load(s.h + (i + 1) * kStates + n * kLanes<R>), delta, delta_u,
+               load(s.A + n * kLanes<R>), s.B[n * kPitch + i], s.C[n * kPitch + i], dy, dh[n], dA,
+               dB_sum.share(i, n), dC_sum.share(i, n), d_delta, d_delta_u);
+      store(s.dA + n * kLanes<R>, dA);
+    }
+    dB_sum.step_done(i);
+    dC_sum.step_done(i);
+    store(s.d_delta + i * kLanes<R>, d_delta);
+    store(s.d_delta_u + i * kLanes<R>, d_delta_u);
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < kN; ++n) store(s.dh + n * kLanes<R>, dh[n]);
+}
+
+template <class R>
+class Backward {
+ public:
+  Backward(const BwdParams& p, void* memory) : p_(p), scratch_(memory), x_(p, scratch_) {
+    for (R** tile : {&u_, &dy_, &du_, &y_}) *tile = scratch_.take<R>((p.tokens + 1) * kLanes<R>);
+    ddelta_ = scratch_.take<R>(p.delta_shared ? p.steps * kLanes<R> : 0);
+    for (R** states : {&h0_, &dh_}) *states = scratch_.take<R>(p.state * kLanes<R>);
+    dA_ = scratch_.take<R>(p.routes * p.state * kLanes<R>);
+    ddt_weight_ = scratch_.take<R>(p.routes * p.rank * kLanes<R>);
+    for (R** x : {&dD_, &dbias_, &dweight_}) *x = scratch_.take<R>(p.routes * kLanes<R>);
+    for (R** x : {&d_delta_, &d_delta_u_, &z_}) *x = scratch_.take<R>(kMaxChunk * kLanes<R>);
+    const int64_t held = (p.state < 16 ? p.state : 16) * kLanes<R>;
+    h_ = scratch_.take<R>((kMaxChunk + 1) * held);
+    a_ = scratch_.take<R>(kMaxChunk * held);
+  }
+
+  void run(int64_t task) {
+    part_ = task % p_.channel_tasks();
+    row_group_ = task / p_.channel_tasks();
+    const int64_t first = p_.batch * row_group_ / p_.row_groups();
+    const int64_t last = p_.batch * (row_group_ + 1) / p_.row_groups();
+    const int64_t begin = p_.first_channel(part_), end = p_.first_channel(part_ + 1);
+    for (channel_ = begin; channel_ < end; channel_ += kLanes<R>) {
+      rows_ = end - channel_ < kLanes<R> ? int(end - channel_) : kLanes<R>;
+      add_ = channel_ > begin;
+      begin_block();
+      for (batch_ = first; batch_ < last; ++batch_) run_batch();
+      finish_block();
+    }
+  }
+
+ private:
+  void begin_block() {
+    clear(dA_, p_.routes * p_.state * kLanes<R>);
+    clear(ddt_weight_, p_.routes * p_.rank * kLanes<R>);
+    for (R* x : {dD_, dbias_, dweight_}) clear(x, p_.routes * kLanes<R>);
+  }
+
+  // Hands over what was summed over the batch elements of this task.
+  void finish_block() {
+    for (int64_t route = 0; route < p_.routes; ++route) {
+      const int64_t row = (row_group_ * p_.routes + route) * p_.dim + channel_;
+      auto table = [&](void* to, const R* from, int64_t count) {
+        store_tile(Plane{static_cast<R*>(to) + row * count, p_.compute, count, 1}, rows_,
+                   int(count), from + route * count * kLanes<R>, kLanes<R>);
+      };
+      table(p_.dA, dA_, p_.state);
+      if (p_.rank > 0) table(p_.ddt_weight, ddt_weight_, p_.rank);
+      if (p_.D) table(p_.dD, dD_, 1);
+      if (p_.delta_bias) table(p_.ddelta_bias, dbias_, 1);
+      if (p_.weights) table(p_.dweights, dweight_, 1);
+    }
+  }
+
+  void run_batch() {
+    const int64_t tile = (p_.tokens + 1) * kLanes<R>;
+    if (p_.delta_shared) clear(ddelta_, p_.steps * kLanes<R>);
+    if (p_.z) clear(y_, tile);
+    if (!p_.u_per_route) load_u(0), clear(du_, tile);
+    if (!p_.y_per_route) load_dy(0);
+    for (int64_t route = p_.routes; route-- > 0;) {
+      if (p_.u_per_route) load_u(route), clear(du_, tile);
+      if (p_.y_per_route) load_dy(route);
+      run_route(route);
+      if (p_.u_per_route) store_du(route);
+    }
+    if (!p_.u_per_route) store_du(0);
+    if (p_.z) store_dz();
+    if (p_.rank == 0 && p_.delta_shared) {
+      store_tile(plane(p_.ddelta, batch_, 0, channel_, 0), rows_, int(p_.steps), ddelta_,
+                 kLanes<R>);
+    }
+  }
+
+  void load_u(int64_t route) {
+    load_tokens(plane(p_.u, batch_, route, channel_, 0), rows_, p_.tokens, u_);
+  }
+
+  void store_du(int64_t route) {
+    store_tile(plane(p_.du, batch_, route, channel_, 0), rows_, int(p_.tokens), du_, kLanes<R>);
+  }
+
+  // The gradient of y before the gate.
+  void load_dy(int64_t route) {
+    if (!p_.dy) return clear(dy_, (p_.tokens + 1) * kLanes<R>);
+    load_tokens(plane(p_.dy, batch_, route, channel_, 0), rows_, p_.tokens, dy_);
+    if (!p_.z) return;
+    const Plane z = statescan::plane(p_.z, batch_, channel_, 0);
+    for_token_pieces(p_.tokens, [&](int64_t first, int count) {
+      load_tile(z.at(0, first), rows_, count, z_, kLanes<R>);
+      R* dy = dy_ + first * kLanes<R>;
+      for (int i = 0; i < count * kLanes<R>; i += kLanes<R>) {
+        store(dy + i, load(dy + i) * silu(load(z_ + i)));
+      }
+    });
+  }
+
+  // dz = dout y silu'(z): y is there now, and dout comes in once more, in place of dy.
+  void store_dz() {
+    if (!p_.dy) {
+      clear(dy_, p_.tokens * kLanes<R>);
+    } else {
+      load_tokens(plane(p_.dy, batch_, 0, channel_, 0), rows_, p_.tokens, dy_);
+    }
+    const Plane z = statescan::plane(p_.z, batch_, channel_, 0);
+    const Plane dz = statescan::plane(p_.dz, batch_, channel_, 0);
+    for_token_pieces(p_.tokens, [&](int64_t first, int count) {
+      load_tile(z.at(0, first), rows_, count, z_, kLanes<R>);
+      const R *y = y_ + first * kLanes<R>, *dout = dy_ + first * kLanes<R>;
+      for (int i = 0; i < count * kLanes<R>; i += kLanes<R>) {
+        const Vec<R> z_i = load(z_ + i), slope = silu_slope(z_i, sigmoid(z_i));
+        store(z_ + i, load(dout + i) * load(y + i) * slope);
+      }
+      store_tile(dz.at(0, first), rows_, count, z_, kLanes<R>);
+    });
+  }
+
+  void run_route(int64_t route) {
+    x_.begin_route(route, channel_, rows_);
+    if (route == p_.routes - 1 || !p_.carry) {
+      clear(dh_, p_.state * kLanes<R>);
+      if (p_.dlast_state) {
+        load_tile(plane(p_.dlast_state, batch_, p_.carry ? 0 : route, channel_, 0), rows_,
+                  int(p_.state), dh_, kLanes<R>);
+      }
+    } else if (p_.reset_period > 0) {
+      clear(dh_, p_.state * kLanes<R>);
+    }
+    for (int64_t end = p_.steps; end > 0;) {
+      const int64_t begin = piece_begin(p_, end);
+      run_piece(route, begin, int(end - begin));
+      if (p_.resets_at(begin)) clear(dh_, p_.state * kLanes<R>);
+      end = begin;
+    }
+    if (!p_.dinitial_state || (p_.carry && route > 0)) return;
+    store_tile(plane(p_.dinitial_state, batch_, route, channel_, 0), rows_, int(p_.state), dh_,
+               kLanes<R>);
+  }
+
+  void run_piece(int64_t route, int64_t begin, int steps) {
+    x_.template begin_piece<true>(batch_, route, begin, steps, channel_, rows_);
+    load_h0(route, begin);
+    clear(d_delta_, steps * kLanes<R>);
+    clear(d_delta_u_, steps * kLanes<R>);
+    scan(route, begin, steps);
+    if (x_.special) leave_out(steps);
+    combine(route, steps);
+    if (p_.rank > 0) {
+      add_to_dt_weight(route, steps);
+      add_to_dt(route, begin, steps);
+    } else if (p_.delta_shared) {
+      R* sum = ddelta_ + begin * kLanes<R>;
+      for (int i = 0; i < steps * kLanes<R>; i += kLanes<R>) {
+        store(sum + i, load(sum + i) + load(x_.delta + i));
+      }
+    } else {
+      store_tile(plane(p_.ddelta, batch_, route, channel_, begin), rows_, steps, x_.delta,
+                 kLanes<R>);
+    }
+  }
+
+  // The state before the piece: the saved one, or where the state starts anew within a chunk, zero.
+  void load_h0(int64_t route, int64_t begin) {
+    if (begin % p_.chunk != 0) return clear(h0_, p_.state * kLanes<R>);
+    const int64_t row = (batch_ * p_.routes + route) * p_.chunks() + begin / p_.chunk;
+    const R* from = static_cast<const R*>(p_.chunk_states) + row * p_.state * p_.dim + channel_;
+    for (int64_t n = 0; n < p_.state; ++n) {
+      store(h0_ + n * kLanes<R>, load_first(from + n * p_.dim, rows_));
+    }
+  }
+
+  // Where the partial sums of dB, dC (per = state) or ddt (per = rank) of this task and route begin.
+  R* partial(void* sums, int64_t route, int64_t per) const {
+    const int64_t row = (part_ * p_.routes + route) * p_.batch + batch_;
+    return static_cast<R*>(sums) + row * p_.steps * per;
+  }
+
+  void scan(int64_t route, int64_t begin, int steps) {
+    R* dB = partial(p_.dB, route, p_.state) + begin * p_.state;
+    R* dC = partial(p_.dC, route, p_.state) + begin * p_.state;
+    for_state_blocks<std::is_same_v<R, float> ? 16 : 4>(0, p_.state, [&](auto size, int64_t n) {
+      const Steps<R> s{steps,
+                       x_.at,
+                       x_.delta,
+                       u_,
+                       dy_,
+                       y_,
+                       d_delta_,
+                       d_delta_u_,
+                       x_.A + n * kLanes<R>,
+                       x_.A_log2e + n * kLanes<R>,
+                       x_.B + n * kPitch,
+                       x_.C + n * kPitch,
+                       dB + n,
+                       dC + n,
+                       p_.state,
+                       add_,
+                       h0_ + n * kLanes<R>,
+                       dh_ + n * kLanes<R>,
+                       dA_ + (route * p_.state + n) * kLanes<R>,
+                       h_,
+                       a_};
+      const Vec<R> D = n == 0 ? x_.D : Vec<R>{};
+      if (p_.z || p_.weights) {
+        recompute<R, size(), true>(s, D, x_.weight, dweight_ + route * kLanes<R>);
+      } else {
+        recompute<R, size(), false>(s, D, x_.weight, nullptr);
+      }
+      walk_back<R, size()>(s, x_.weight);
+    });
+  }
+
+  // The step size of a step that does not take place gets no gradient.
+  void leave_out(int steps) {
+    for (int i = 0; i < steps; ++i) {
+      if (!x_.is_skip(i)) continue;
+      store(d_delta_ + i * kLanes<R>, Vec<R>{});
+      store(d_delta_u_ + i * kLanes<R>, Vec<R>{});
+    }
+  }
+
+  // The tile delta becomes its own gradient, before bias and softplus.
+  void combine(int64_t route, int steps) {
+    Vec<R> dD{}, dbias{};
+    for (int i = 0; i < steps; ++i) {
+      const int64_t at = x_.at[i];
+      const Vec<R> u = load(u_ + at), dy = x_.weight * load(dy_ + at);
+      const Vec<R> d_delta_u = load(d_delta_u_ + i * kLanes<R>);
+      const Vec<R> d_delta = (load(d_delta_ + i * kLanes<R>) + u * d_delta_u) *
+                             load(x_.slope + i * kLanes<R>);
+      const Vec<R> du = x_.D * dy + load(x_.delta + i * kLanes<R>) * d_delta_u;
+      store(du_ + at, load(du_ + at) + du);
+      store(x_.delta + i * kLanes<R>, d_delta);
+      dD += dy * u;
+      dbias += d_delta;
+    }
+    R *dD_sum = dD_ + route * kLanes<R>, *dbias_sum = dbias_ + route * kLanes<R>;
+    store(dD_sum, load(dD_sum) + dD);
+    store(dbias_sum, load(dbias_sum) + dbias);
+  }
+
+  // ddt_weight += sum over the steps of ddelta dt
+  void add_to_dt_weight(int64_t route, int steps) {
+    R* sums = ddt_weight_ + route * p_.rank * kLanes<R>;
+    for_state_blocks<4>(0, p_.rank, [&](auto size, int64_t r) {
+      Vec<R> sum[size()];
+      for (int j = 0; j < size(); ++j) sum[j] = load(sums + (r + j) * kLanes<R>);
+      for (int i = 0; i < steps; ++i) {
+        const Vec<R> ddelta = load(x_.delta + i * kLanes<R>);
+        for (int j = 0; j < size(); ++j) sum[j] += ddelta * x_.dt[(r + j) * kPitch + i];
+      }
+      for (int j = 0; j < size(); ++j) store(sums + (r + j) * kLanes<R>, sum[j]);
+    });
+  }
+
+  // ddt = sum over the channels of ddelta dt_weight. A product of two matrices, once ddelta is
+  // transposed: that leaves one multiply-add for each step, channel and rank.
+  void add_to_dt(int64_t route, int64_t begin, int steps) {
+    R* sums = partial(p_.ddt, route, p_.rank) + begin;
+    for (int i = 0; i < steps; i += kLanes<R>) {
+      const int count = steps - i < kLanes<R> ? steps - i : kLanes<R>;
+      Vec<R> ddelta[kLanes<R>];
+      for (int j = 0; j < kLanes<R>; ++j) {
+        ddelta[j] = j < count ? load(x_.delta + (i + j) * kLanes<R>) : Vec<R>{};
+      }
+      transpose<R>(ddelta);
+      for (int64_t r = 0; r < p_.rank; ++r) {
+        const R* w = x_.dt_weight + r * kLanes<R>;
+        Vec<R> even{}, odd{};
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes<R>; lane += 2) {
+          even += ddelta[lane] * w[lane];
+          odd += ddelta[lane + 1] * w[lane + 1];
+        }
+        R* out = sums + r * p_.steps + i;
+        const Vec<R> before = add_ ? load_first(out, count) : Vec<R>{};
+        store_first(out, before + (even + odd), count);
+      }
+    }
+  }
+
+  const BwdParams& p_;
+  Scratch scratch_;
+  Operands<R> x_;
+  int64_t part_, row_group_, batch_, channel_;
+  int rows_;
+  bool add_;                              // to the partial sums: not the first block of the task
+  R *u_, *dy_, *du_, *y_;                 // (token, lane)
+  R *ddelta_;                             // (step, lane), summed over the routes
+  R *h0_, *dh_;                           // (state, lane)
+  R *dA_, *ddt_weight_;                   // (route, state, lane), (route, rank, lane)
+  R *dD_, *dbias_, *dweight_;             // (route, lane)
+  R *d_delta_, *d_delta_u_, *z_;          // (step, lane)
+  R *h_, *a_;
+};
+
+template <class R>
+void run_tasks(const BwdParams& p, const Range& range) {
+  Backward<R> backward(p, range.scratch);
+  for (int64_t task = range.begin; task < range.end; ++task) backward.run(task);
+}
+
+}  // namespace
+
+void bwd(const BwdParams& p, const Range& range) {
+  if (p.compute == DType::kFloat64) return run_tasks<double>(p, range);
+  run_tasks<float>(p, range);
+}
+
+}  // namespace STATESCAN_ISA
+}  // namespace statescan::selective_scan_2d
