@@ -23,7 +23,8 @@ struct Operands {
 template <class T>
 void check_tokens(const Tensor& index, int64_t tokens) {
   const T* data = static_cast<const T*>(index.data_ptr());
-  T least = 0, greatest = -1;
+  if (index.size(0) == 0 || index.size(2) == 0) return;
+  T least = data[0], greatest = data[0];
   for (int64_t b = 0; b < index.size(0); ++b) {
     for (int64_t k = 0; k < index.size(1); ++k) {
       const T* row = data + b * index.stride(0) + k * index.stride(1);
@@ -34,8 +35,8 @@ void check_tokens(const Tensor& index, int64_t tokens) {
     }
   }
   if (least >= -2 && int64_t(greatest) < tokens) return;
-  fail("routes must hold -2, -1 or a token below " + std::to_string(tokens) +
-       ", got values from " + std::to_string(least) + " to " + std::to_string(greatest));
+  fail("routes must hold -2, -1 or a token below " + std::to_string(tokens) + ", got values from " +
+       std::to_string(least) + " to " + std::to_string(greatest));
 }
 
 // Steps, routes and their tokens.
@@ -112,8 +113,8 @@ View<4> routed_view(const char* name, const Tensor& t) {
 }
 
 // Sizes and flags from the operands, all of them checked, and their views.
-Problem check(const Operands& x, int64_t reset_period, bool carry, bool delta_softplus,
-              bool merge, int64_t chunk) {
+Problem check(const Operands& x, int64_t reset_period, bool carry, bool delta_softplus, bool merge,
+              int64_t chunk) {
   check_dim("u", x.u, "(batch, route or 1, dim, token)", 4);
   check_dim("A", x.A, "(dim, state) or (route * dim, state)", 2);
   Problem p{};
@@ -121,8 +122,7 @@ Problem check(const Operands& x, int64_t reset_period, bool carry, bool delta_so
   p.reset_period = reset_period, p.carry = carry, p.delta_softplus = delta_softplus;
   p.chunk = chunk, p.y_per_route = !merge;
   check_index(x.index, p);
-  check_routed("u", x.u, "(batch, route or 1, dim, token)",
-               {p.batch, p.routes, p.dim, p.tokens});
+  check_routed("u", x.u, "(batch, route or 1, dim, token)", {p.batch, p.routes, p.dim, p.tokens});
   p.u_per_route = x.u.size(1) > 1;
   check_delta(x, p);
   check_parameter("A", x.A, "(dim, state) or (route * dim, state)", p, p.dim, {p.state});
@@ -141,8 +141,7 @@ Problem check(const Operands& x, int64_t reset_period, bool carry, bool delta_so
   }
   if (reset_period < 0) fail("reset_period must not be negative");
   if (chunk < 1 || chunk > kMaxChunk) {
-    fail("chunk must be from 1 to " + std::to_string(kMaxChunk) + ", got " +
-         std::to_string(chunk));
+    fail("chunk must be from 1 to " + std::to_string(kMaxChunk) + ", got " + std::to_string(chunk));
   }
   p.compute = compute_dtype({{"u", &x.u},
                              {"delta", &x.delta},
@@ -160,11 +159,13 @@ Problem check(const Operands& x, int64_t reset_period, bool carry, bool delta_so
   p.B = routed_view("B", x.B);
   p.C = routed_view("C", x.C);
   const View<2> A = view<2>("A", x.A);
-  p.A = {A.data, A.dtype, {x.A.size(0) == p.dim ? 0 : p.dim * A.stride[0], A.stride[0], A.stride[1]}};
+  p.A = {
+      A.data, A.dtype, {x.A.size(0) == p.dim ? 0 : p.dim * A.stride[0], A.stride[0], A.stride[1]}};
   p.dt_weight = view<3>("dt_weight", x.dt_weight);
   if (x.dt_weight && x.dt_weight->size(0) == 1) p.dt_weight.stride[0] = 0;
   p.D = parameter_view("D", x.D, p.dim);
-  p.delta_bias = parameter_view("delta_bias", x.delta_bias, p.dim / std::max<int64_t>(p.delta_repeat, 1));
+  p.delta_bias =
+      parameter_view("delta_bias", x.delta_bias, p.dim / std::max<int64_t>(p.delta_repeat, 1));
   p.weights = view<2>("weights", x.weights);
   p.z = view<3>("z", x.z);
   p.initial_state = view<4>("initial_state", x.initial_state);
@@ -244,13 +245,14 @@ void add_up_narrow(const Tensor& partial, const Tensor& out, const Problem& p, b
 using BwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                              Tensor, Tensor>;
 
-BwdResult selective_scan_2d_bwd(
-    const OptionalTensor& dy, const OptionalTensor& dlast_state, const Tensor& u,
-    const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
-    const OptionalTensor& z, const OptionalTensor& delta_bias, const OptionalTensor& dt_weight,
-    const OptionalTensor& weights, const OptionalTensor& initial_state, const Tensor& index,
-    const Tensor& chunk_states, int64_t reset_period, bool carry, bool delta_softplus, bool merge,
-    int64_t chunk) {
+BwdResult selective_scan_2d_bwd(const OptionalTensor& dy, const OptionalTensor& dlast_state,
+                                const Tensor& u, const Tensor& delta, const Tensor& A,
+                                const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                                const OptionalTensor& z, const OptionalTensor& delta_bias,
+                                const OptionalTensor& dt_weight, const OptionalTensor& weights,
+                                const OptionalTensor& initial_state, const Tensor& index,
+                                const Tensor& chunk_states, int64_t reset_period, bool carry,
+                                bool delta_softplus, bool merge, int64_t chunk) {
   const Operands x{u, delta, A, B, C, D, z, delta_bias, dt_weight, weights, initial_state, index};
   BwdParams p{};
   static_cast<Problem&>(p) = check(x, reset_period, carry, delta_softplus, merge, chunk);

@@ -15,17 +15,17 @@ using selective_scan::step_vjp;
 template <class R>
 struct Steps {
   int count;
-  const int64_t* at;          // (step): where in u, dy and y
-  const R *delta, *u, *dy;    // (step, lane), (token, lane), (token, lane)
-  R *y, *d_delta, *d_delta_u; // (token, lane), (step, lane), (step, lane), added to
-  const R *A, *A_log2e;       // (state, lane)
-  const R *B, *C;             // (state, kPitch)
-  R *dB, *dC;                 // (step, state), the sums over the lanes
-  int64_t states;             // elements from one step of dB and dC to the next
-  bool add;                   // to what is in dB and dC
-  const R* h0;                // (state, lane), before the first step
-  R *dh, *dA;                 // (state, lane): updated; added to
-  R *h, *a;                   // room for (1 + step, state, lane) and (step, state, lane)
+  const int64_t* at;           // (step): where in u, dy and y
+  const R *delta, *u, *dy;     // (step, lane), (token, lane), (token, lane)
+  R *y, *d_delta, *d_delta_u;  // (token, lane), (step, lane), (step, lane), added to
+  const R *A, *A_log2e;        // (state, lane)
+  const R *B, *C;              // (state, kPitch)
+  R *dB, *dC;                  // (step, state), the sums over the lanes
+  int64_t states;              // elements from one step of dB and dC to the next
+  bool add;                    // to what is in dB and dC
+  const R* h0;                 // (state, lane), before the first step
+  R *dh, *dA;                  // (state, lane): updated; added to
+  R *h, *a;                    // room for (1 + step, state, lane) and (step, state, lane)
 };
 
 // Each channel's share of dB or dC, one vector per step and state, summed over the lanes: kLanes
@@ -277,7 +277,6 @@ class Backward {
     clear(d_delta_, steps * kLanes<R>);
     clear(d_delta_u_, steps * kLanes<R>);
     scan(route, begin, steps);
-    if (x_.special) leave_out(steps);
     combine(route, steps);
     if (p_.rank > 0) {
       add_to_dt_weight(route, steps);
@@ -344,15 +343,6 @@ class Backward {
     });
   }
 
-  // The step size of a step that does not take place gets no gradient.
-  void leave_out(int steps) {
-    for (int i = 0; i < steps; ++i) {
-      if (!x_.is_skip(i)) continue;
-      store(d_delta_ + i * kLanes<R>, Vec<R>{});
-      store(d_delta_u_ + i * kLanes<R>, Vec<R>{});
-    }
-  }
-
   // The tile delta becomes its own gradient, before bias and softplus.
   void combine(int64_t route, int steps) {
     Vec<R> dD{}, dbias{};
@@ -360,8 +350,8 @@ class Backward {
       const int64_t at = x_.at[i];
       const Vec<R> u = load(u_ + at), dy = x_.weight * load(dy_ + at);
       const Vec<R> d_delta_u = load(d_delta_u_ + i * kLanes<R>);
-      const Vec<R> d_delta = (load(d_delta_ + i * kLanes<R>) + u * d_delta_u) *
-                             load(x_.slope + i * kLanes<R>);
+      const Vec<R> d_delta =
+          (load(d_delta_ + i * kLanes<R>) + u * d_delta_u) * load(x_.slope + i * kLanes<R>);
       const Vec<R> du = x_.D * dy + load(x_.delta + i * kLanes<R>) * d_delta_u;
       store(du_ + at, load(du_ + at) + du);
       store(x_.delta + i * kLanes<R>, d_delta);
@@ -418,13 +408,13 @@ class Backward {
   Operands<R> x_;
   int64_t part_, row_group_, batch_, channel_;
   int rows_;
-  bool add_;                              // to the partial sums: not the first block of the task
-  R *u_, *dy_, *du_, *y_;                 // (token, lane)
-  R *ddelta_;                             // (step, lane), summed over the routes
-  R *h0_, *dh_;                           // (state, lane)
-  R *dA_, *ddt_weight_;                   // (route, state, lane), (route, rank, lane)
-  R *dD_, *dbias_, *dweight_;             // (route, lane)
-  R *d_delta_, *d_delta_u_, *z_;          // (step, lane)
+  bool add_;                      // to the partial sums: not the first block of the task
+  R *u_, *dy_, *du_, *y_;         // (token, lane)
+  R* ddelta_;                     // (step, lane), summed over the routes
+  R *h0_, *dh_;                   // (state, lane)
+  R *dA_, *ddt_weight_;           // (route, state, lane), (route, rank, lane)
+  R *dD_, *dbias_, *dweight_;     // (route, lane)
+  R *d_delta_, *d_delta_u_, *z_;  // (step, lane)
   R *h_, *a_;
 };
 

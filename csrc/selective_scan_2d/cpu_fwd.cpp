@@ -58,9 +58,8 @@ class Forward {
   void run(int64_t task) {
     batch_ = task / p_.channel_tasks();
     const int64_t begin = task % p_.channel_tasks() * FwdParams::kTaskChannels;
-    const int64_t end = begin + FwdParams::kTaskChannels < p_.dim
-                            ? begin + FwdParams::kTaskChannels
-                            : p_.dim;
+    const int64_t end =
+        begin + FwdParams::kTaskChannels < p_.dim ? begin + FwdParams::kTaskChannels : p_.dim;
     for (channel_ = begin; channel_ < end; channel_ += kLanes<R>) {
       rows_ = end - channel_ < kLanes<R> ? int(end - channel_) : kLanes<R>;
       run_block();

@@ -40,8 +40,8 @@ STATESCAN_INLINE Vec<R> load_parameter(const View<2>& x, int64_t route, int64_t 
   Vec<R> v = splat(absent);
   if (!x) return v;
   for (int i = 0; i < rows; ++i) {
-    v[i] = load_scalar<R>(x.dtype, x.data,
-                          route * x.stride[0] + (channel + i) / repeat * x.stride[1]);
+    v[i] =
+        load_scalar<R>(x.dtype, x.data, route * x.stride[0] + (channel + i) / repeat * x.stride[1]);
   }
   return v;
 }
@@ -101,8 +101,8 @@ class Operands {
 
   R *A, *A_log2e, *dt_weight;  // (state, lane), (state, lane), (rank, lane)
   Vec<R> D, bias, weight;
-  R *B, *C, *dt;      // (state, kPitch), (state, kPitch), (rank, kPitch)
-  R *delta, *slope;   // (step, lane): the step size, and its derivative
+  R *B, *C, *dt;          // (state, kPitch), (state, kPitch), (rank, kPitch)
+  R *delta, *slope;       // (step, lane): the step size, and its derivative
   int64_t at[kMaxChunk];  // where in a token tile a step reads and writes
   bool special;           // there are steps of no token
 
@@ -129,10 +129,8 @@ class Operands {
     }
     step_sizes<kSlope>(steps);
     find_tokens(batch, route, begin, steps);
-    if (special) leave_out(steps);
+    if (special) leave_out<kSlope>(steps);
   }
-
-  bool is_skip(int step) const { return token_[step] == kSkip; }
 
  private:
   static constexpr int kUnroll = 4;
@@ -180,8 +178,8 @@ class Operands {
   }
 
   void find_tokens(int64_t batch, int64_t route, int64_t begin, int steps) {
-    const int64_t first = batch * p_.index_stride[0] + route * p_.index_stride[1] +
-                          begin * p_.index_stride[2];
+    const int64_t first =
+        batch * p_.index_stride[0] + route * p_.index_stride[1] + begin * p_.index_stride[2];
     if (p_.index_is_wide) {
       copy_tokens(static_cast<const int64_t*>(p_.index) + first, steps);
     } else {
@@ -200,11 +198,15 @@ class Operands {
   }
 
   // A step of no token has no part in B and C, whatever they hold; one to skip takes no time.
+  template <bool kSlope>
   void leave_out(int steps) {
     for (int i = 0; i < steps; ++i) {
       if (token_[i] >= 0) continue;
       for (int64_t n = 0; n < p_.state; ++n) B[n * kPitch + i] = C[n * kPitch + i] = 0;
-      if (token_[i] == kSkip) store(delta + i * kLanes<R>, Vec<R>{});
+      if (token_[i] != kSkip) continue;
+      store(delta + i * kLanes<R>, Vec<R>{});
+      if constexpr (kSlope) store(slope + i * kLanes<R>, Vec<R>{});
+      for (int64_t r = 0; r < p_.rank; ++r) dt[r * kPitch + i] = 0;
     }
   }
 

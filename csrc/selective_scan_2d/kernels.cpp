@@ -25,12 +25,12 @@ int64_t FwdParams::scratch_bytes() const {
 int64_t BwdParams::scratch_bytes() const {
   const int64_t scalar = element_bytes(compute);
   const int64_t held = state < 16 ? state : 16;
-  const int64_t vectors = 4 * (tokens + 1)                    // u, dy, du, y
-                          + (delta_shared ? steps : 0)        // ddelta
-                          + 2 * state                         // h0, dh
-                          + routes * (state + rank + 3)       // dA, ddt_weight, dD, dbias, dweights
-                          + 3 * kMaxChunk                     // d_delta, d_delta_u, z
-                          + (2 * kMaxChunk + 1) * held;       // h and a of every step
+  const int64_t vectors = 4 * (tokens + 1)               // u, dy, du, y
+                          + (delta_shared ? steps : 0)   // ddelta
+                          + 2 * state                    // h0, dh
+                          + routes * (state + rank + 3)  // dA, ddt_weight, dD, dbias, dweights
+                          + 3 * kMaxChunk                // d_delta, d_delta_u, z
+                          + (2 * kMaxChunk + 1) * held;  // h and a of every step
   return operand_bytes(*this, scalar) + vectors * kVector + 24 * kVector;
 }
 

@@ -29,18 +29,18 @@ struct Problem {
   bool delta_shared;              // one row of step sizes for all routes
   DType compute;                  // kFloat32 or kFloat64
 
-  const void* index;  // (batch, route, step): the token of a step; -1 ghost, -2 skip
+  const void* index;   // (batch, route, step): the token of a step; -1 ghost, -2 skip
   bool index_is_wide;  // int64 instead of int32
   int64_t index_stride[3];
 
-  View<4> u;                         // (batch, route, dim, token)
-  View<4> delta;                     // (batch, route, dim / delta_repeat or rank, step)
-  View<4> B, C;                      // (batch, route, state, step)
-  View<3> A;                         // (route, dim, state)
-  View<3> dt_weight;                 // (route, dim, rank)
-  View<2> D, delta_bias, weights;    // (route, dim), (route, dim / delta_repeat), (route, dim)
-  View<3> z;                         // (batch, dim, token)
-  View<4> initial_state;             // (batch, route, dim, state); with carry of route 0 only
+  View<4> u;                       // (batch, route, dim, token)
+  View<4> delta;                   // (batch, route, dim / delta_repeat or rank, step)
+  View<4> B, C;                    // (batch, route, state, step)
+  View<3> A;                       // (route, dim, state)
+  View<3> dt_weight;               // (route, dim, rank)
+  View<2> D, delta_bias, weights;  // (route, dim), (route, dim / delta_repeat), (route, dim)
+  View<3> z;                       // (batch, dim, token)
+  View<4> initial_state;           // (batch, route, dim, state); with carry of route 0 only
 
   STATESCAN_HOST_DEVICE int64_t chunks() const { return (steps + chunk - 1) / chunk; }
   STATESCAN_HOST_DEVICE bool resets_at(int64_t t) const {
@@ -72,10 +72,10 @@ struct BwdParams : Problem {
   View<4> dinitial_state;  // as initial_state, or absent
   // Partial sums, in the compute type, for common/sum_partials.h to add up in order. All of them
   // have a route axis, whether or not the routes share the operand.
-  void *dB, *dC;         // (task of a batch element, route, batch, step, state)
-  void* ddt;             // (task of a batch element, route, batch, rank, step)
-  void* dA;              // (row group, route, dim, state)
-  void* ddt_weight;      // (row group, route, dim, rank)
+  void *dB, *dC;                      // (task of a batch element, route, batch, step, state)
+  void* ddt;                          // (task of a batch element, route, batch, rank, step)
+  void* dA;                           // (row group, route, dim, state)
+  void* ddt_weight;                   // (row group, route, dim, rank)
   void *dD, *ddelta_bias, *dweights;  // (row group, route, dim)
 
   // Batch elements are dealt to at most 32 groups, which bounds the partial sums over the batch.

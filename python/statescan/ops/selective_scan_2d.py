@@ -122,8 +122,7 @@ def selective_scan_2d(
             for name, x in (("delta", delta), ("B", B), ("C", C))
         )
     if extra_B is not None:
-        _check_shape("extra_B", extra_B, (index.shape[1], index.shape[2], A.shape[-1]))
-        B = B + extra_B.transpose(1, 2)
+        B = _plus_extra(B, extra_B, index)
     if weights is not None and weights.dim() == 1:
         weights = weights[:, None].expand(-1, u.shape[2])
     inputs = (u, delta, A, B, C, D, z, delta_bias, dt_weight, weights, initial_state)
@@ -201,6 +200,19 @@ def _along(index: Tensor, x: Tensor) -> Tensor:
     _, count, steps = index.shape
     places = index.long().clamp(min=0)[:, :, None].expand(batch, count, rows, steps)
     return x.expand(-1, count, -1, -1).gather(3, places) * (index >= 0)[:, :, None]
+
+
+def _plus_extra(B: Tensor, extra: Tensor, index: Tensor) -> Tensor:
+    """B + extra_B, (batch, route, state, step), not rounded to 16 bits again."""
+    _, count, steps = index.shape
+    if B.dim() != 4 or B.shape[1] not in (1, count) or B.shape[3] != steps:
+        symbols = "(batch, route or 1, state, step)"
+        raise ValueError(
+            f"B must have shape {symbols} with {count} routes of {steps} steps, got {list(B.shape)}"
+        )
+    _check_shape("extra_B", extra, (count, steps, B.shape[2]))
+    dtype = torch.promote_types(torch.promote_types(B.dtype, extra.dtype), torch.float32)
+    return B.to(dtype) + extra.to(dtype).transpose(1, 2)
 
 
 def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -81,7 +81,7 @@ def selective_scan_2d(
         if k == 0 or not carry:
             h = torch.zeros(batch, dim, A.shape[1], dtype=dtype)
             h = h if initial_state is None else initial_state[:, k].to(dtype)
-        y_k = [u_k[..., 0] * 0] * steps
+        y_k = [None] * steps
         for t in range(steps):
             if reset_period and t % reset_period == 0 and (t > 0 or (carry and k > 0)):
                 h = torch.zeros_like(h)
