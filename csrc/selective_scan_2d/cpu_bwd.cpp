@@ -273,6 +273,9 @@ class Backward {
 
   void run_piece(int64_t route, int64_t begin, int steps) {
     x_.template begin_piece<true>(batch_, route, begin, steps, channel_, rows_);
+    const int before = int(begin < kMaxChunk ? begin : kMaxChunk);
+    x_.prefetch(batch_, route, begin - before, before);
+    if (add_) prefetch_partials(route, begin - before, before);
     load_h0(route, begin);
     clear(d_delta_, steps * kLanes<R>);
     clear(d_delta_u_, steps * kLanes<R>);
@@ -345,18 +348,23 @@ class Backward {
 
   // The tile delta becomes its own gradient, before bias and softplus.
   void combine(int64_t route, int steps) {
+    // Local copies: a store of floats might change the members, for all the compiler knows.
+    const R *u = u_, *dy = dy_, *slope = x_.slope;
+    const R *d_delta = d_delta_, *d_delta_u = d_delta_u_;
+    R *du = du_, *delta = x_.delta;
+    const int64_t* at = x_.at;
+    const Vec<R> D = x_.D, weight = x_.weight;
     Vec<R> dD{}, dbias{};
     for (int i = 0; i < steps; ++i) {
-      const int64_t at = x_.at[i];
-      const Vec<R> u = load(u_ + at), dy = x_.weight * load(dy_ + at);
-      const Vec<R> d_delta_u = load(d_delta_u_ + i * kLanes<R>);
-      const Vec<R> d_delta =
-          (load(d_delta_ + i * kLanes<R>) + u * d_delta_u) * load(x_.slope + i * kLanes<R>);
-      const Vec<R> du = x_.D * dy + load(x_.delta + i * kLanes<R>) * d_delta_u;
-      store(du_ + at, load(du_ + at) + du);
-      store(x_.delta + i * kLanes<R>, d_delta);
-      dD += dy * u;
-      dbias += d_delta;
+      const Vec<R> u_i = load(u + at[i]), dy_i = weight * load(dy + at[i]);
+      const Vec<R> d_delta_u_i = load(d_delta_u + i * kLanes<R>);
+      const Vec<R> ddelta =
+          (load(d_delta + i * kLanes<R>) + u_i * d_delta_u_i) * load(slope + i * kLanes<R>);
+      const Vec<R> du_i = D * dy_i + load(delta + i * kLanes<R>) * d_delta_u_i;
+      store(du + at[i], load(du + at[i]) + du_i);
+      store(delta + i * kLanes<R>, ddelta);
+      dD += dy_i * u_i;
+      dbias += ddelta;
     }
     R *dD_sum = dD_ + route * kLanes<R>, *dbias_sum = dbias_ + route * kLanes<R>;
     store(dD_sum, load(dD_sum) + dD);
@@ -366,12 +374,14 @@ class Backward {
   // ddt_weight += sum over the steps of ddelta dt
   void add_to_dt_weight(int64_t route, int steps) {
     R* sums = ddt_weight_ + route * p_.rank * kLanes<R>;
-    for_state_blocks<4>(0, p_.rank, [&](auto size, int64_t r) {
+    const R* ddelta = x_.delta;
+    for_state_blocks<8>(0, p_.rank, [&](auto size, int64_t r) {
+      const R* dt = x_.dt + r * kPitch;
       Vec<R> sum[size()];
       for (int j = 0; j < size(); ++j) sum[j] = load(sums + (r + j) * kLanes<R>);
       for (int i = 0; i < steps; ++i) {
-        const Vec<R> ddelta = load(x_.delta + i * kLanes<R>);
-        for (int j = 0; j < size(); ++j) sum[j] += ddelta * x_.dt[(r + j) * kPitch + i];
+        const Vec<R> ddelta_i = load(ddelta + i * kLanes<R>);
+        for (int j = 0; j < size(); ++j) sum[j] += ddelta_i * dt[j * kPitch + i];
       }
       for (int j = 0; j < size(); ++j) store(sums + (r + j) * kLanes<R>, sum[j]);
     });
@@ -381,26 +391,45 @@ class Backward {
   // transposed: that leaves one multiply-add for each step, channel and rank.
   void add_to_dt(int64_t route, int64_t begin, int steps) {
     R* sums = partial(p_.ddt, route, p_.rank) + begin;
+    const R *from = x_.delta, *weights = x_.dt_weight;
+    const int64_t rank = p_.rank, pitch = p_.steps;
+    const bool add = add_;
     for (int i = 0; i < steps; i += kLanes<R>) {
       const int count = steps - i < kLanes<R> ? steps - i : kLanes<R>;
       Vec<R> ddelta[kLanes<R>];
-      for (int j = 0; j < kLanes<R>; ++j) {
-        ddelta[j] = j < count ? load(x_.delta + (i + j) * kLanes<R>) : Vec<R>{};
+      for (int j = 0; j < kLanes<R>; ++j) {  // there is room beyond the last step
+        ddelta[j] = load(from + (i + j) * kLanes<R>);
       }
       transpose<R>(ddelta);
-      for (int64_t r = 0; r < p_.rank; ++r) {
-        const R* w = x_.dt_weight + r * kLanes<R>;
+      for (int64_t r = 0; r < rank; ++r) {
+        const R* w = weights + r * kLanes<R>;
         Vec<R> even{}, odd{};
 #pragma GCC unroll 16
         for (int lane = 0; lane < kLanes<R>; lane += 2) {
           even += ddelta[lane] * w[lane];
           odd += ddelta[lane + 1] * w[lane + 1];
         }
-        R* out = sums + r * p_.steps + i;
-        const Vec<R> before = add_ ? load_first(out, count) : Vec<R>{};
-        store_first(out, before + (even + odd), count);
+        R* out = sums + r * pitch + i;
+        even += odd;
+        if (count == kLanes<R>) {
+          store(out, add ? load(out) + even : even);
+        } else {
+          store_first(out, add ? load_first(out, count) + even : even, count);
+        }
       }
     }
+  }
+
+  // Asks for the partial sums that the piece before this one will add to.
+  void prefetch_partials(int64_t route, int64_t begin, int steps) {
+    auto ask = [&](void* sums, int64_t offset, int64_t per, int rows, int count) {
+      prefetch_tile(Plane{partial(sums, route, per) + offset, p_.compute, p_.steps, 1}, rows,
+                    count);
+    };
+    for (void* sums : {p_.dB, p_.dC}) {
+      ask(sums, begin * p_.state, p_.state, 1, int(steps * p_.state));
+    }
+    if (p_.rank > 0) ask(p_.ddt, begin, p_.rank, int(p_.rank), steps);
   }
 
   const BwdParams& p_;

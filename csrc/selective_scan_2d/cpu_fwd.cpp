@@ -123,6 +123,8 @@ class Forward {
 
   void run_piece(int64_t route, int64_t begin, int steps) {
     x_.template begin_piece<false>(batch_, route, begin, steps, channel_, rows_);
+    const int64_t next = begin + steps, left = p_.steps - next;
+    x_.prefetch(batch_, route, next, int(left < kMaxChunk ? left : kMaxChunk));
     // double serves gradient checks: fewer block sizes keep it small
     for_state_blocks<std::is_same_v<R, float> ? 16 : 4>(0, p_.state, [&](auto size, int64_t n) {
       const Steps<R> s{steps,

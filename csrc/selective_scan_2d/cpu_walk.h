@@ -95,8 +95,8 @@ class Operands {
     B = scratch.take<R>(p.state * kPitch);
     C = scratch.take<R>(p.state * kPitch);
     dt = scratch.take<R>(p.rank * kPitch);
-    delta = scratch.take<R>((kMaxChunk + kUnroll) * kLanes<R>);
-    slope = scratch.take<R>((kMaxChunk + kUnroll) * kLanes<R>);
+    delta = scratch.take<R>((kMaxChunk + kLanes<R>)*kLanes<R>);  // room to work in whole blocks
+    slope = scratch.take<R>((kMaxChunk + kLanes<R>)*kLanes<R>);
   }
 
   R *A, *A_log2e, *dt_weight;  // (state, lane), (state, lane), (rank, lane)
@@ -113,6 +113,14 @@ class Operands {
     D = load_parameter<R>(p_.D, route, channel, rows, 0);
     bias = load_parameter<R>(p_.delta_bias, route, channel, rows, 0, p_.delta_repeat);
     weight = load_parameter<R>(p_.weights, route, channel, rows, 1);
+  }
+
+  // Asks for the narrow operands of the piece after this one: every block of channels reads them all
+  // again, and by then they have left the second-level cache.
+  void prefetch(int64_t batch, int64_t route, int64_t begin, int steps) {
+    prefetch_tile(plane(p_.B, batch, route, 0, begin), int(p_.state), steps);
+    prefetch_tile(plane(p_.C, batch, route, 0, begin), int(p_.state), steps);
+    if (p_.rank > 0) prefetch_tile(plane(p_.delta, batch, route, 0, begin), int(p_.rank), steps);
   }
 
   // kSlope: the derivative of the step sizes is wanted, too.
@@ -153,26 +161,41 @@ class Operands {
 
   template <bool kSlope>
   void step_sizes(int steps) {
+    if (p_.delta_softplus) return step_sizes<kSlope, true>(steps);
+    step_sizes<kSlope, false>(steps);
+  }
+
+  template <bool kSlope, bool kSoftplus>
+  void step_sizes(int steps) {
+    // Local copies: a store of floats might change the members, for all the compiler knows.
+    R *out = delta, *out_slope = slope;
+    const R *weights = dt_weight, *narrow = dt;
+    const Vec<R> b = bias;
+    const int64_t rank = p_.rank;
     for (int i = 0; i < steps; i += kUnroll) {
-      Vec<R> x[kUnroll];
+      Vec<R> x[kUnroll], s[kUnroll];
+#pragma GCC unroll 4
       for (int j = 0; j < kUnroll; ++j) {
-        x[j] = p_.rank > 0 ? bias : bias + load(delta + (i + j) * kLanes<R>);
+        x[j] = rank > 0 ? b : b + load(out + (i + j) * kLanes<R>);
+        s[j] = splat(R(1));
       }
-      for (int64_t r = 0; r < p_.rank; ++r) {
-        const Vec<R> w = load(dt_weight + r * kLanes<R>);
-        for (int j = 0; j < kUnroll; ++j) x[j] += w * dt[r * kPitch + i + j];
+      for (int64_t r = 0; r < rank; ++r) {
+        const Vec<R> w = load(weights + r * kLanes<R>);
+#pragma GCC unroll 4
+        for (int j = 0; j < kUnroll; ++j) x[j] += w * narrow[r * kPitch + i + j];
       }
+#pragma GCC unroll 4
       for (int j = 0; j < kUnroll; ++j) {
-        Vec<R> s = splat(R(1));
-        if (p_.delta_softplus) {
-          if constexpr (kSlope) {
-            x[j] = softplus(x[j], s);
-          } else {
-            x[j] = softplus(x[j]);
-          }
+        if constexpr (kSoftplus && kSlope) {
+          x[j] = softplus(x[j], s[j]);
+        } else if constexpr (kSoftplus) {
+          x[j] = softplus(x[j]);
         }
-        store(delta + (i + j) * kLanes<R>, x[j]);
-        if constexpr (kSlope) store(slope + (i + j) * kLanes<R>, s);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kUnroll; ++j) {
+        store(out + (i + j) * kLanes<R>, x[j]);
+        if constexpr (kSlope) store(out_slope + (i + j) * kLanes<R>, s[j]);
       }
     }
   }

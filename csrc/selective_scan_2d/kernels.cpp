@@ -10,7 +10,7 @@ constexpr int64_t kRow = kMaxChunk + 16;
 
 // What cpu_walk.h's Operands takes, in vectors of kVector bytes and in narrow rows.
 int64_t operand_bytes(const Problem& p, int64_t scalar) {
-  const int64_t vectors = 2 * p.state + p.rank + 2 * (kMaxChunk + 8);
+  const int64_t vectors = 2 * p.state + p.rank + 2 * (kMaxChunk + 16);
   return vectors * kVector + (2 * p.state + p.rank) * kRow * scalar + 8 * kVector;
 }
 
