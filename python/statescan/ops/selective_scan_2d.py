@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from statescan.ops import _register
+from statescan.ops.route_gather import RouteTable, route_gather
+from statescan.routes import Routes
 
 CHUNK = 128  # steps between two saved states; see docs/selective_scan_2d.md
 
@@ -18,7 +20,7 @@ def selective_scan_2d(
     z: Tensor | None = None,
     delta_bias: Tensor | None = None,
     *,
-    routes,
+    routes: RouteTable,
     dt_weight: Tensor | None = None,
     delta_softplus: bool = False,
     merge: str = "sum",
@@ -118,7 +120,7 @@ def selective_scan_2d(
     index, reset_period, carry = _index(routes, u)
     if operand_order == "token":
         delta, B, C = (
-            _along(index, _flat(name, x, u.shape[-1]))
+            _along(routes, _flat(name, x, u.shape[-1]))
             for name, x in (("delta", delta), ("B", B), ("C", C))
         )
     if extra_B is not None:
@@ -168,9 +170,9 @@ def _token_shape(u: Tensor, z: Tensor | None, one_by_one: bool) -> torch.Size:
     return u.shape[lead:]
 
 
-def _index(routes, u: Tensor) -> tuple[Tensor, int, bool]:
+def _index(routes: RouteTable, u: Tensor) -> tuple[Tensor, int, bool]:
     """(batch or 1, K, T), and how the state starts."""
-    if not isinstance(routes, Tensor):
+    if isinstance(routes, Routes):
         if routes.length != u.shape[-1]:
             raise ValueError(
                 f"routes are for {routes.length} tokens, and u has {u.shape[-1]}: {list(u.shape)}"
@@ -194,12 +196,11 @@ def _flat(name: str, x: Tensor, length: int) -> Tensor:
     return x
 
 
-def _along(index: Tensor, x: Tensor) -> Tensor:
+def _along(routes: RouteTable, x: Tensor) -> Tensor:
     """x (batch, route or 1, row, token) read along the routes, (batch, K, row, step)."""
-    batch, _, rows, _ = x.shape
-    _, count, steps = index.shape
-    places = index.long().clamp(min=0)[:, :, None].expand(batch, count, rows, steps)
-    return x.expand(-1, count, -1, -1).gather(3, places) * (index >= 0)[:, :, None]
+    if x.shape[1] == 1:
+        return route_gather(x[:, 0], routes)
+    return route_gather(x, routes, one_by_one=True)
 
 
 def _plus_extra(B: Tensor, extra: Tensor, index: Tensor) -> Tensor:
