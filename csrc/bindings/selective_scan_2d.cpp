@@ -121,6 +121,10 @@ Problem check(const Operands& x, int64_t reset_period, bool carry, bool delta_so
   p.batch = x.u.size(0), p.dim = x.u.size(2), p.tokens = x.u.size(3), p.state = x.A.size(1);
   p.reset_period = reset_period, p.carry = carry, p.delta_softplus = delta_softplus;
   p.chunk = chunk, p.y_per_route = !merge;
+  if (p.tokens > kMaxTokens) {
+    fail("u must have at most " + std::to_string(kMaxTokens) + " tokens, got " +
+         std::to_string(p.tokens));
+  }
   check_index(x.index, p);
   check_routed("u", x.u, "(batch, route or 1, dim, token)", {p.batch, p.routes, p.dim, p.tokens});
   p.u_per_route = x.u.size(1) > 1;

@@ -15,7 +15,7 @@ using selective_scan::step_vjp;
 template <class R>
 struct Steps {
   int count;
-  const int64_t* at;           // (step): where in u, dy and y
+  const int32_t* at;           // (step): where in u, dy and y
   const R *delta, *u, *dy;     // (step, lane), (token, lane), (token, lane)
   R *y, *d_delta, *d_delta_u;  // (token, lane), (step, lane), (step, lane), added to
   const R *A, *A_log2e;        // (state, lane)
@@ -352,7 +352,7 @@ class Backward {
     const R *u = u_, *dy = dy_, *slope = x_.slope;
     const R *d_delta = d_delta_, *d_delta_u = d_delta_u_;
     R *du = du_, *delta = x_.delta;
-    const int64_t* at = x_.at;
+    const int32_t* at = x_.at;
     const Vec<R> D = x_.D, weight = x_.weight;
     Vec<R> dD{}, dbias{};
     for (int i = 0; i < steps; ++i) {

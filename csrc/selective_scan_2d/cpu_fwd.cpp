@@ -12,7 +12,7 @@ using selective_scan::next_state;
 template <class R>
 struct Steps {
   int count;
-  const int64_t* at;  // (step): where in u and y
+  const int32_t* at;  // (step): where in u and y
   const R* delta;     // (step, lane)
   const R* u;         // (token, lane)
   R* y;               // (token, lane), added to

@@ -103,7 +103,7 @@ class Operands {
   Vec<R> D, bias, weight;
   R *B, *C, *dt;          // (state, kPitch), (state, kPitch), (rank, kPitch)
   R *delta, *slope;       // (step, lane): the step size, and its derivative
-  int64_t at[kMaxChunk];  // where in a token tile a step reads and writes
+  int32_t at[kMaxChunk];  // where in a token tile a step reads and writes
   bool special;           // there are steps of no token
 
   void begin_route(int64_t route, int64_t channel, int rows) {
@@ -149,11 +149,17 @@ class Operands {
     load_tile(from.shifted(route * x.stride[0]), rows, int(count), to, kLanes<R>);
   }
 
-  // to[row * kPitch + i] = x[batch, route, row, begin + i]: tile.h's rows are the steps here.
+  // to[row * kPitch + i] = x[batch, route, row, begin + i]
   void narrow(const View<4>& x, int64_t batch, int64_t route, int64_t begin, int steps,
               int64_t count, R* to) {
     Plane from = plane(x, batch, route, 0, begin);
-    const int64_t row_stride = from.row_stride;
+    if (from.time_stride == 1) {
+      for (int64_t row = 0; row < count; ++row) {
+        load_tile(from.at(row, 0), 1, steps, to + row * kPitch, 1);
+      }
+      return;
+    }
+    const int64_t row_stride = from.row_stride;  // tile.h's rows are the steps here
     from.row_stride = from.time_stride;
     from.time_stride = row_stride;
     load_tile(from, steps, int(count), to, kPitch);
@@ -208,16 +214,24 @@ class Operands {
     } else {
       copy_tokens(static_cast<const int32_t*>(p_.index) + first, steps);
     }
-    special = false;
+    const int32_t none = int32_t(p_.tokens);
+    int32_t least = 0;
     for (int i = 0; i < steps; ++i) {
-      special |= token_[i] < 0;
-      at[i] = (token_[i] < 0 ? p_.tokens : token_[i]) * kLanes<R>;
+      const int32_t token = token_[i];
+      least = token < least ? token : least;
+      at[i] = (token < 0 ? none : token) * kLanes<R>;
     }
+    special = least < 0;
   }
 
   template <class T>
   STATESCAN_INLINE void copy_tokens(const T* from, int steps) {
-    for (int i = 0; i < steps; ++i) token_[i] = int64_t(from[i * p_.index_stride[2]]);
+    const int64_t stride = p_.index_stride[2];
+    if (stride == 1) {
+      for (int i = 0; i < steps; ++i) token_[i] = int32_t(from[i]);
+      return;
+    }
+    for (int i = 0; i < steps; ++i) token_[i] = int32_t(from[i * stride]);
   }
 
   // A step of no token has no part in B and C, whatever they hold; one to skip takes no time.
@@ -234,7 +248,7 @@ class Operands {
   }
 
   const Problem& p_;
-  int64_t token_[kMaxChunk];
+  int32_t token_[kMaxChunk];
 };
 
 }  // namespace STATESCAN_ISA

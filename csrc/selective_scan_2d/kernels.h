@@ -11,6 +11,8 @@ namespace statescan::selective_scan_2d {
 
 // Steps of a route that are walked at once: what they need stays in the first-level cache.
 inline constexpr int kMaxChunk = 128;
+// Places in a tile of 16 channels are counted in 32 bits.
+inline constexpr int64_t kMaxTokens = (int64_t(1) << 27) - 1;
 
 // A task of a kernel is a batch element (or a group of them) times some channels, along all routes:
 // it alone adds to the outputs of its tokens and channels. Tasks follow from the shape alone, never
