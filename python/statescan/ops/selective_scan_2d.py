@@ -135,7 +135,7 @@ def selective_scan_2d(
         *inputs, index, reset_period, carry, delta_softplus, merge != "none", out_dtype, CHUNK,
         differentiate,
     )  # fmt: skip
-    y = y if merge == "none" else y[:, 0]
+    y = y if merge == "none" else y.squeeze(1)
     if len(token_shape) == 2:
         y = y.unflatten(-1, token_shape)
     return (y, last_state) if return_last_state else y
