@@ -102,7 +102,8 @@ def selective_scan_2d(
     Memory: for the backward the inputs are kept, and h once every 128 steps of every route in
     float32: 4 K state / 128 bytes for each element of u. The backward works in partial sums of dB,
     dC and the low-rank ddelta, 4 K (2 state + rank) ceil(dim / 64) bytes for each step of a batch
-    element (at most 16 such sums), and each thread in at most 64 (4 tokens + ...) bytes.
+    element (at most 16 such sums). Each thread works in 128 bytes for each token of the map (256 in
+    the backward), which it keeps.
     """
     _register.check_floats(
         u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, dt_weight=dt_weight,
