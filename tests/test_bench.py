@@ -25,6 +25,10 @@ TINY = {
     ],
     "causal_conv1d": [Case("tiny", {"B": 2, "D": 5, "L": 9, "W": 4})],
     "causal_conv1d_update": [Case("tiny", {"B": 2, "D": 5, "W": 4})],
+    "selective_scan_2d": [
+        Case("cross", {"B": 2, "D": 5, "H": 3, "W": 4, "N": 3, "R": 2, "F": 0}),
+        Case("several visits", {"B": 1, "D": 5, "H": 4, "W": 6, "N": 1, "R": 1, "F": 4}),
+    ],
     "cross_scan": [Case("tiny", {"B": 2, "C": 5, "H": 3, "W": 4})],
     "cross_merge": [Case("tiny", {"B": 2, "C": 5, "H": 3, "W": 4})],
     "route_gather": [

@@ -17,6 +17,20 @@ STABLE_TORCH_LIBRARY(statescan, m) {
       "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, Tensor chunk_states, "
       "bool delta_softplus, bool reverse, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor, Tensor)");
+  // The selective scan along routes. -> y, last_state, chunk_states (empty if not asked for)
+  m.def(
+      "selective_scan_2d_fwd(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, "
+      "Tensor? z, Tensor? delta_bias, Tensor? dt_weight, Tensor? weights, Tensor? initial_state, "
+      "Tensor index, int reset_period, bool carry, bool delta_softplus, bool merge, "
+      "ScalarType? out_dtype, int chunk, bool save_chunk_states) -> (Tensor, Tensor, Tensor)");
+  // -> du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, ddt_weight, dweights, dinitial_state; empty
+  // where there is no such argument
+  m.def(
+      "selective_scan_2d_bwd(Tensor? dy, Tensor? dlast_state, Tensor u, Tensor delta, Tensor A, "
+      "Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? dt_weight, "
+      "Tensor? weights, Tensor? initial_state, Tensor index, Tensor chunk_states, "
+      "int reset_period, bool carry, bool delta_softplus, bool merge, int chunk) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // -> y, empty without compute_output
   m.def(
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "

@@ -15,6 +15,7 @@ from statescan.ops.causal_conv1d import (
 from statescan.ops.cross_scan import cross_merge, cross_scan
 from statescan.ops.route_gather import route_gather, route_scatter
 from statescan.ops.selective_scan import selective_scan
+from statescan.ops.selective_scan_2d import selective_scan_2d
 from statescan.ops.selective_state_update import selective_state_update
 from statescan.routes import Routes
 from statescan.version import __version__
@@ -33,5 +34,6 @@ __all__ = [
     "route_scatter",
     "routes",
     "selective_scan",
+    "selective_scan_2d",
     "selective_state_update",
 ]

@@ -12,6 +12,7 @@ from statescan.reference.causal_conv1d import (
 from statescan.reference.cross_scan import cross_merge, cross_scan
 from statescan.reference.route_gather import route_gather, route_scatter
 from statescan.reference.selective_scan import selective_scan
+from statescan.reference.selective_scan_2d import selective_scan_2d
 from statescan.reference.selective_state_update import selective_state_update
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "route_gather",
     "route_scatter",
     "selective_scan",
+    "selective_scan_2d",
     "selective_state_update",
 ]

@@ -8,6 +8,7 @@ from statescan.bench.ops import (
     cross_scan,
     route_gather,
     selective_scan,
+    selective_scan_2d,
     selective_state_update,
 )
 from statescan.bench.suite import Op
@@ -22,6 +23,7 @@ OPS: dict[str, Op] = {
         cross_scan,
         cross_merge,
         route_gather,
+        selective_scan_2d,
     )
     if hasattr(statescan, module.OP.name)
 }
