@@ -16,6 +16,7 @@ from statescan.ops.cross_scan import cross_merge, cross_scan
 from statescan.ops.route_gather import route_gather, route_scatter
 from statescan.ops.selective_scan import selective_scan
 from statescan.ops.selective_state_update import selective_state_update
+from statescan.ops.ssd_scan import ssd_scan
 from statescan.routes import Routes
 from statescan.version import __version__
 
@@ -34,4 +35,5 @@ __all__ = [
     "routes",
     "selective_scan",
     "selective_state_update",
+    "ssd_scan",
 ]

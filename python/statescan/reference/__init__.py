@@ -13,6 +13,7 @@ from statescan.reference.cross_scan import cross_merge, cross_scan
 from statescan.reference.route_gather import route_gather, route_scatter
 from statescan.reference.selective_scan import selective_scan
 from statescan.reference.selective_state_update import selective_state_update
+from statescan.reference.ssd_scan import ssd_scan
 
 __all__ = [
     "causal_conv1d",
@@ -24,4 +25,5 @@ __all__ = [
     "route_scatter",
     "selective_scan",
     "selective_state_update",
+    "ssd_scan",
 ]
