@@ -9,6 +9,7 @@ from statescan.bench.ops import (
     route_gather,
     selective_scan,
     selective_state_update,
+    ssd_scan,
 )
 from statescan.bench.suite import Op
 
@@ -16,6 +17,7 @@ OPS: dict[str, Op] = {
     module.OP.name: module.OP
     for module in (
         selective_scan,
+        ssd_scan,
         causal_conv1d,
         selective_state_update,
         causal_conv1d_update,
