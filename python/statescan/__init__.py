@@ -17,6 +17,7 @@ from statescan.ops.route_gather import route_gather, route_scatter
 from statescan.ops.selective_scan import selective_scan
 from statescan.ops.selective_scan_2d import selective_scan_2d
 from statescan.ops.selective_state_update import selective_state_update
+from statescan.ops.ssd_scan import ssd_scan
 from statescan.routes import Routes
 from statescan.version import __version__
 
@@ -36,4 +37,5 @@ __all__ = [
     "selective_scan",
     "selective_scan_2d",
     "selective_state_update",
+    "ssd_scan",
 ]

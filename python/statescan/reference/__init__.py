@@ -14,6 +14,7 @@ from statescan.reference.route_gather import route_gather, route_scatter
 from statescan.reference.selective_scan import selective_scan
 from statescan.reference.selective_scan_2d import selective_scan_2d
 from statescan.reference.selective_state_update import selective_state_update
+from statescan.reference.ssd_scan import ssd_scan
 
 __all__ = [
     "causal_conv1d",
@@ -26,4 +27,5 @@ __all__ = [
     "selective_scan",
     "selective_scan_2d",
     "selective_state_update",
+    "ssd_scan",
 ]

@@ -10,6 +10,7 @@ from statescan.bench.ops import (
     selective_scan,
     selective_scan_2d,
     selective_state_update,
+    ssd_scan,
 )
 from statescan.bench.suite import Op
 
@@ -17,6 +18,7 @@ OPS: dict[str, Op] = {
     module.OP.name: module.OP
     for module in (
         selective_scan,
+        ssd_scan,
         causal_conv1d,
         selective_state_update,
         causal_conv1d_update,
