@@ -17,6 +17,22 @@ STABLE_TORCH_LIBRARY(statescan, m) {
       "Tensor? initial_state, Tensor? seq_idx, Tensor? cu_seqlens, Tensor chunk_states, "
       "bool delta_softplus, bool reverse, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor, Tensor)");
+  // -> y, final_states, chunk_states, cell_states; what was not asked for is empty
+  m.def(
+      "ssd_scan_fwd(Tensor x, Tensor? dt, Tensor? A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+      "Tensor? dt_bias, Tensor? log_decay, Tensor? initial_states, Tensor? seq_idx, "
+      "Tensor? cu_seqlens, bool dt_softplus, float dt_min, float dt_max, bool reverse, "
+      "bool shift_output, int chunk, ScalarType? out_dtype, bool return_final_states, "
+      "bool return_chunk_states, bool save_cell_states) -> (Tensor, Tensor, Tensor, Tensor)");
+  // -> dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dlog_decay, dinitial_states; empty where there is no
+  // such argument
+  m.def(
+      "ssd_scan_bwd(Tensor? dy, Tensor? dfinal_states, Tensor? dchunk_states, Tensor x, "
+      "Tensor? dt, Tensor? A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+      "Tensor? log_decay, Tensor? initial_states, Tensor? seq_idx, Tensor? cu_seqlens, "
+      "Tensor cell_states, bool dt_softplus, float dt_min, float dt_max, bool reverse, "
+      "bool shift_output, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
   // -> y, empty without compute_output
   m.def(
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "

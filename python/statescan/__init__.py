@@ -14,6 +14,7 @@ from statescan.ops.causal_conv1d import (
 )
 from statescan.ops.selective_scan import selective_scan
 from statescan.ops.selective_state_update import selective_state_update
+from statescan.ops.ssd_scan import ssd_scan
 from statescan.version import __version__
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "reference",
     "selective_scan",
     "selective_state_update",
+    "ssd_scan",
 ]

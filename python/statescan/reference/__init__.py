@@ -11,6 +11,7 @@ from statescan.reference.causal_conv1d import (
 )
 from statescan.reference.selective_scan import selective_scan
 from statescan.reference.selective_state_update import selective_state_update
+from statescan.reference.ssd_scan import ssd_scan
 
 __all__ = [
     "causal_conv1d",
@@ -18,4 +19,5 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "selective_scan",
     "selective_state_update",
+    "ssd_scan",
 ]

@@ -1,0 +1,94 @@
+// Parameters and entry points of the SSD scan's CPU kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+#include "common/isa.h"
+#include "common/segments.h"
+#include "common/view.h"
+
+namespace statescan::ssd_scan {
+
+inline constexpr int64_t kTile = 64;  // steps computed at once, at most
+
+// A task of a kernel is a row (or a group of rows) times some heads of one group, which share that
+// group's B, C and C B^T.
+struct Problem {
+  int64_t batch, seqlen, heads, headdim, state, groups;
+  int64_t chunk;           // steps between two states that are returned
+  int64_t heads_per_task;  // at most; of one group
+  bool dt_softplus, reverse, shift_output;
+  bool has_dt;  // else the decay is given
+  double dt_min, dt_max;
+  DType compute;  // kFloat32 or kFloat64
+  bool bfloat16;  // x, B and C are: products may be of bfloat16 numbers
+  const Segments* segments;
+
+  STATESCAN_HOST_DEVICE int64_t chunks() const { return (seqlen + chunk - 1) / chunk; }
+  // A chunk is computed in equal cells of at most kTile steps.
+  STATESCAN_HOST_DEVICE int64_t cells_per_chunk() const { return (chunk + kTile - 1) / kTile; }
+  STATESCAN_HOST_DEVICE int64_t cell() const {
+    return (chunk + cells_per_chunk() - 1) / cells_per_chunk();
+  }
+  STATESCAN_HOST_DEVICE int64_t cells() const {
+    const int64_t last = seqlen - (chunks() - 1) * chunk;  // steps of the last chunk
+    return seqlen == 0 ? 0 : (chunks() - 1) * cells_per_chunk() + (last + cell() - 1) / cell();
+  }
+  STATESCAN_HOST_DEVICE int64_t group_heads() const { return heads / groups; }
+  STATESCAN_HOST_DEVICE int64_t tasks_per_group() const {
+    return (group_heads() + heads_per_task - 1) / heads_per_task;
+  }
+  STATESCAN_HOST_DEVICE int64_t head_tasks() const { return groups * tasks_per_group(); }
+};
+
+struct FwdParams : Problem {
+  View<4> x, z;           // (batch, seqlen, head, headdim)
+  View<3> dt;             // (batch, seqlen, head), or the log decay
+  View<1> A, dt_bias;     // (head), or absent
+  View<4> B, C;           // (batch, seqlen, group, state)
+  View<2> D;              // (head, headdim), the latter with stride 0 if the same for all
+  View<4> initial_state;  // (slot, head, headdim, state)
+  View<4> y;              // (batch, seqlen, head, headdim)
+  View<4> last_state;     // (slot, head, headdim, state), or absent
+  View<5> chunk_states;   // (batch, chunk, head, headdim, state), or absent
+  void* cell_states;      // (batch, cell, head, state, headdim) in the compute type, or null
+
+  int64_t tasks() const { return segments->rows() * head_tasks(); }
+  int64_t scratch_bytes() const;
+};
+
+struct BwdParams : Problem {
+  View<4> x, z;
+  View<3> dt;
+  View<1> A, dt_bias;
+  View<4> B, C;
+  View<2> D;
+  View<4> initial_state;
+  const void* cell_states;
+  View<4> dy;             // (batch, seqlen, head, headdim), of the gated output; absent: zero
+  View<4> dlast_state;    // (slot, head, headdim, state), or absent
+  View<5> dchunk_states;  // (batch, chunk, head, headdim, state), or absent
+
+  View<4> dx, dz;          // (batch, seqlen, head, headdim)
+  View<3> ddt;             // (batch, seqlen, head)
+  View<4> dinitial_state;  // (slot, head, headdim, state), or absent
+  View<5> dB, dC;          // (task of the group, batch, seqlen, group, state)
+  // Partial sums, in the compute type, for common/sum_partials.h to add up in order.
+  void* dA;        // (row group, head)
+  void* ddt_bias;  // (row group, head)
+  void* dD;        // (row group, head, headdim), or (row group, head) unless wide_D
+  bool wide_D;
+
+  // Rows are dealt to at most 32 groups, which bounds the partial sums over the batch.
+  STATESCAN_HOST_DEVICE int64_t row_groups() const {
+    return segments->rows() < 32 ? segments->rows() : 32;
+  }
+  int64_t tasks() const { return row_groups() * head_tasks(); }
+  int64_t scratch_bytes() const;
+};
+
+STATESCAN_CPU_KERNEL(fwd, FwdParams)
+STATESCAN_CPU_KERNEL(bwd, BwdParams)
+
+}  // namespace statescan::ssd_scan
