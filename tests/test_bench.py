@@ -70,7 +70,7 @@ def test_native_loops_count_their_work():
     from statescan import _C
 
     assert _C.run_exp2(3, 2) == 3 * 2 * 2048
-    lanes = {"baseline": 4, "avx2": 8, "avx512": 16}[_C.isa()]
+    lanes = {"baseline": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}[_C.isa()]
     assert _C.run_fma(3, 2) == 3 * 2 * 12 * 1024 * lanes
     assert _C.run_exp2(0, 5) == _C.run_fma(5, 0) == 0
     with pytest.raises(ValueError, match="must not be negative"):

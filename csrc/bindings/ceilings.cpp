@@ -11,6 +11,7 @@ using ceilings::Params;
 // Numbers in a vector of the instruction set in use.
 int64_t float_lanes() {
   switch (isa()) {
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512: return 16;
     case Isa::kAvx2: return 8;
     case Isa::kBaseline: return 4;

@@ -20,7 +20,7 @@ PYBIND11_MODULE(_C, m) {
       "supported_isas",
       [] {
         py::list names;
-        for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+        for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
           if (statescan::isa_supported(isa)) names.append(statescan::isa_name(isa));
         }
         return names;

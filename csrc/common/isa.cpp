@@ -7,7 +7,8 @@
 namespace statescan {
 namespace {
 
-constexpr Isa kAll[] = {Isa::kAvx512, Isa::kAvx2, Isa::kBaseline};  // widest first
+// widest first
+constexpr Isa kAll[] = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kBaseline};
 
 Isa choose() {
   const char* asked = std::getenv("STATESCAN_ISA");
@@ -30,6 +31,7 @@ Isa choose() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Bf16: return "avx512_bf16";
     case Isa::kAvx512: return "avx512";
     case Isa::kAvx2: return "avx2";
     case Isa::kBaseline: return "baseline";
@@ -40,6 +42,8 @@ const char* isa_name(Isa isa) {
 bool isa_supported(Isa isa) {
 #if defined(STATESCAN_X86)
   switch (isa) {
+    case Isa::kAvx512Bf16:
+      return isa_supported(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

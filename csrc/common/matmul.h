@@ -54,6 +54,18 @@ struct Block {
     }
   }
 
+  // += the rows of `in`, each number times that of `by` in its column.
+  STATESCAN_INLINE void add_scaled(const R* in, int64_t pitch, const R* by) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kN; ++j) {
+        const int at_j = j * kLanes<R>;
+        at[i][j] += load(in + i * pitch + at_j) * load(by + at_j);
+      }
+    }
+  }
+
   STATESCAN_INLINE void load_from(const R* in, int64_t pitch) {
 #pragma GCC unroll 16
     for (int i = 0; i < kM; ++i) {

@@ -352,23 +352,29 @@ class Backward {
       Block<R, M(), V()> Q;
       multiply(Q, state + n * state_row, state_row, 1, vectors + t, kPitch,
                (int(p_.headdim) + kDepthE - 1) / kDepthE);
-#pragma GCC unroll 4
-      for (int j = 0; j < V(); ++j) {
-        const int at = t + j * kLanes<R>;
-        const Vec<R> by = load(scale + at);
-        const Vec<R> shared = weight == nullptr ? by : by * load(weight + at);
-        Vec<R> product{};
-#pragma GCC unroll 16
-        for (int i = 0; i < M(); ++i) {
-          if (n + i < N) {
-            R* sum = sums + (n + i) * kPitch + at;
-            product += load(partner + (n + i) * kPitch + at) * Q.at[i][j];
-            store(sum, load(sum) + shared * Q.at[i][j]);
-          }
-        }
-        store(products + at, load(products + at) + by * product);
-      }
+      add_projection(Q, N - n, partner + n * kPitch + t, scale + t,
+                     weight == nullptr ? nullptr : weight + t, sums + n * kPitch + t, products + t);
     });
+  }
+
+  // The above for one block of <state[n], vectors[t]>, of which the first `rows` rows count.
+  template <int kM, int kN>
+  STATESCAN_INLINE void add_projection(const Block<R, kM, kN>& Q, int rows, const R* partner,
+                                       const R* scale, const R* weight, R* sums, R* products) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kN; ++j) {
+      const int at = j * kLanes<R>;
+      const Vec<R> by = load(scale + at), shared = weight == nullptr ? by : by * load(weight + at);
+      Vec<R> product{};
+#pragma GCC unroll 16
+      for (int i = 0; i < kM; ++i) {
+        if (i < rows) {
+          product += load(partner + i * kPitch + at) * Q.at[i][j];
+          store(sums + i * kPitch + at, load(sums + i * kPitch + at) + shared * Q.at[i][j]);
+        }
+      }
+      store(products + at, load(products + at) + by * product);
+    }
   }
 
   void input_gradient(int steps, const R* dS, const R* D, R* dD) {

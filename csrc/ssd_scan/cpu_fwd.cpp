@@ -164,14 +164,7 @@ class Forward {
       multiply(y, M_operand + t * kRow, kRow, 1, x + p, pitch_, t / kDepthE);
       multiply_triangle(y, {M_operand + t * kRow + t / kDepthE, kRow, 1, x + t / kDepthE * pitch_ + p,
                         pitch_}, M_ + t * kPitch + t, kPitch, x_ + t * pitch_ + p, diagonal);
-#pragma GCC unroll 16
-      for (int i = 0; i < M(); ++i) {
-#pragma GCC unroll 4
-        for (int j = 0; j < V(); ++j) {
-          const int at = p + j * kLanes<R>;
-          y.at[i][j] += load(D + at) * load(x_ + (t + i) * pitch_ + at);
-        }
-      }
+      y.add_scaled(x_ + t * pitch_ + p, pitch_, D + p);
       y.store_to(y_ + t * pitch_ + p, pitch_);
     });
   }

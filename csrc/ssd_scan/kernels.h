@@ -88,7 +88,7 @@ struct BwdParams : Problem {
   int64_t scratch_bytes() const;
 };
 
-STATESCAN_CPU_KERNEL(fwd, FwdParams)
-STATESCAN_CPU_KERNEL(bwd, BwdParams)
+STATESCAN_CPU_KERNEL_BF16(fwd, FwdParams)
+STATESCAN_CPU_KERNEL_BF16(bwd, BwdParams)
 
 }  // namespace statescan::ssd_scan
