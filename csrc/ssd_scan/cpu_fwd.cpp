@@ -85,7 +85,7 @@ class Forward {
       store_tile(state_plane(p_.chunk_states, b, piece.chunk, h), int(p_.headdim), int(p_.state), S,
                  pitch_);
     }
-    if (p_.cell_states == nullptr || piece.first) return;  // the first starts from initial_state
+    if (p_.cell_states == nullptr) return;
     R* to = static_cast<R*>(p_.cell_states) +
             ((b * p_.cells() + piece.cell) * p_.heads + h) * p_.state * p_.headdim;
     for (int64_t n = 0; n < p_.state; ++n) {
@@ -164,7 +164,7 @@ class Forward {
       multiply(y, M_operand + t * kRow, kRow, 1, x + p, pitch_, t / kDepthE);
       multiply_triangle(y, {M_operand + t * kRow + t / kDepthE, kRow, 1, x + t / kDepthE * pitch_ + p,
                         pitch_}, M_ + t * kPitch + t, kPitch, x_ + t * pitch_ + p, diagonal);
-      y.add_scaled(x_ + t * pitch_ + p, pitch_, D + p);
+      if (p_.D) y.add_scaled(x_ + t * pitch_ + p, pitch_, D + p);
       y.store_to(y_ + t * pitch_ + p, pitch_);
     });
   }
