@@ -23,6 +23,11 @@ TINY = {
     "selective_scan": [
         scan.case("tiny", 2, 6, 9, 4, G=2), scan.case("gated", 1, 5, 70, 3, gate=True)
     ],
+    "ssd_scan": [
+        Case("tiny", {"B": 2, "L": 70, "H": 4, "P": 3, "N": 5, "G": 2}),
+        Case("log decay", {"B": 1, "L": 9, "H": 2, "P": 3, "N": 5, "G": 2, "log": 1}),
+        Case("Hydra", {"B": 1, "L": 9, "H": 2, "P": 3, "N": 5, "G": 1, "hydra": 1}),
+    ],
     "causal_conv1d": [Case("tiny", {"B": 2, "D": 5, "L": 9, "W": 4})],
     "causal_conv1d_update": [Case("tiny", {"B": 2, "D": 5, "W": 4})],
     "selective_state_update": [

@@ -6,11 +6,14 @@ from statescan.bench.ops import (
     causal_conv1d_update,
     selective_scan,
     selective_state_update,
+    ssd_scan,
 )
 from statescan.bench.suite import Op
 
 OPS: dict[str, Op] = {
     module.OP.name: module.OP
-    for module in (selective_scan, causal_conv1d, selective_state_update, causal_conv1d_update)
+    for module in (
+        selective_scan, ssd_scan, causal_conv1d, selective_state_update, causal_conv1d_update,
+    )  # fmt: skip
     if hasattr(statescan, module.OP.name)
 }
