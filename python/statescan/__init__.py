@@ -12,6 +12,7 @@ from statescan.ops.causal_conv1d import (
     causal_conv1d_update,
     causal_conv1d_varlen_states,
 )
+from statescan.ops.gated_rms_norm import gated_rms_norm
 from statescan.ops.selective_scan import selective_scan
 from statescan.ops.selective_state_update import selective_state_update
 from statescan.ops.ssd_scan import ssd_scan
@@ -23,6 +24,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
+    "gated_rms_norm",
     "reference",
     "selective_scan",
     "selective_state_update",

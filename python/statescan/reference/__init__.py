@@ -9,6 +9,7 @@ from statescan.reference.causal_conv1d import (
     causal_conv1d_update,
     causal_conv1d_varlen_states,
 )
+from statescan.reference.gated_rms_norm import gated_rms_norm
 from statescan.reference.selective_scan import selective_scan
 from statescan.reference.selective_state_update import selective_state_update
 from statescan.reference.ssd_scan import ssd_scan
@@ -17,6 +18,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
+    "gated_rms_norm",
     "selective_scan",
     "selective_state_update",
     "ssd_scan",
