@@ -6,11 +6,11 @@ namespace statescan::gated_rms_norm {
 namespace STATESCAN_ISA {
 namespace {
 
-// One row of each operand, from the group's first channel on. Absent: null.
+// Some rows of each operand, from the group's first channel on. Absent: null.
 template <class T>
-struct Row {
-  const T *x, *z, *dy;
-  T *dx, *dz;
+struct Operands {
+  Block<const T> x, z, dy;
+  Block<T> dx, dz;
 };
 
 template <class R>
@@ -37,43 +37,72 @@ R mean_input(int64_t n, const T* x, const T* z) {
          R(n);
 }
 
-// One group of one row. `s` is room for sigmoid(z).
+// What mean and root need of a group of one row.
+template <class R>
+struct Sums {
+  R mean, rstd;
+  R mean_dxhat, mean_dot;  // see norm_vjp
+};
+
+// `s` keeps sigmoid(z).
 template <class R, class T, Gate kGate>
-void backward(const Norm<R>& norm, const Row<T>& row, const ParameterSums<R>& sums, R* s) {
-  constexpr bool gated = kGate != Gate::kNone;
-  const R mean = norm.subtract_mean ? mean_input<R, T, kGate>(norm.n, row.x, row.z) : 0;
-  // Sums of (v - mean)^2, of dxhat, and of dxhat (v - mean).
-  Vec<R> squares{}, dxhats{}, dots{};
+STATESCAN_INLINE Sums<R> sums_of(const Norm<R>& norm, const T* x, const T* z, const T* dy, R* s) {
+  const R mean = norm.subtract_mean ? mean_input<R, T, kGate>(norm.n, x, z) : 0;
+  Vec<R> squares{}, dxhats{}, dots{};  // of (v - mean)^2, dxhat, dxhat (v - mean)
   for_channels<R>(norm.n, [&](int64_t c, auto count) {
-    Vec<R> z{}, sg{};
-    if constexpr (gated) {
-      z = load_part<R>(row.z + c, count), sg = sigmoid(z);
+    Vec<R> gate{}, sg{};
+    if constexpr (kGate != Gate::kNone) {
+      gate = load_part<R>(z + c, count), sg = sigmoid(gate);
       store(s + c, sg);  // whole vectors fit: s is padded
     }
-    Vec<R> v = gated_input<kGate>(load_part<R>(row.x + c, count), z, sg) - mean;
-    if (count < kLanes<R>) v = only_first<R>(v, count);
-    const Vec<R> dn = norm_output_vjp<kGate>(load_part<R>(row.dy + c, count), z, sg);
+    Vec<R> v = gated_input<kGate>(load_part<R>(x + c, count), gate, sg) - mean;
+    v = only_first<R>(v, count);
+    const Vec<R> dn = norm_output_vjp<kGate>(load_part<R>(dy + c, count), gate, sg);
     const Vec<R> dxhat = norm.scale(dn, c, count);
     squares += v * v;
     dxhats += dxhat;
     dots += dxhat * v;
   });
-  const R rstd = norm.rstd(sum_lanes_of<R>(squares));
-  const R mean_dxhat = norm.subtract_mean ? sum_lanes_of<R>(dxhats) / R(norm.n) : 0;
-  const R mean_dot = sum_lanes_of<R>(dots) * rstd / R(norm.n);
-  for_channels<R>(norm.n, [&](int64_t c, auto count) {
-    Vec<R> z{}, sg{}, dx, dz;
-    if constexpr (gated) z = load_part<R>(row.z + c, count), sg = load_part<R>(s + c, count);
-    const Vec<R> x = load_part<R>(row.x + c, count), dy = load_part<R>(row.dy + c, count);
-    const Vec<R> xhat = (gated_input<kGate>(x, z, sg) - mean) * rstd;
-    const Vec<R> dn = norm_output_vjp<kGate>(dy, z, sg);
-    const Vec<R> dv = norm_vjp(norm.scale(dn, c, count), xhat, rstd, mean_dxhat, mean_dot);
-    const Vec<R> n = kGate == Gate::kAfter ? norm.output(xhat, c, count) : xhat;
-    gate_vjp<kGate>(x, z, sg, n, dy, dv, dx, dz);
-    store_part<R>(row.dx + c, dx, count);
-    if constexpr (gated) store_part<R>(row.dz + c, dz, count);
-    sums.add(dn, xhat, c, count);
-  });
+  return {mean, sum_lanes_of<R>(squares), sum_lanes_of<R>(dxhats), sum_lanes_of<R>(dots)};
+}
+
+// From sums to means.
+template <class R>
+STATESCAN_INLINE void finish(const Norm<R>& norm, Sums<R>& sums) {
+  sums.rstd = norm.rstd(sums.rstd);
+  sums.mean_dxhat = norm.subtract_mean ? sums.mean_dxhat / R(norm.n) : 0;
+  sums.mean_dot *= sums.rstd / R(norm.n);
+}
+
+// One group of a batch of rows. `s` is room for sigmoid(z). Rows take turns, so that one does not wait
+// for the root of another.
+template <class R, class T, Gate kGate>
+void backward(const Norm<R>& norm, int rows, const Operands<T>& o, const ParameterSums<R>& total,
+              Block<R> s) {
+  Sums<R> sums[kBatch];
+  for (int i = 0; i < rows; ++i) {
+    sums[i] = sums_of<R, T, kGate>(norm, o.x.row(i), o.z.row(i), o.dy.row(i), s.row(i));
+  }
+  for (int i = 0; i < rows; ++i) finish(norm, sums[i]);
+  for (int i = 0; i < rows; ++i) {
+    const auto [mean, rstd, mean_dxhat, mean_dot] = sums[i];
+    for_channels<R>(norm.n, [&](int64_t c, auto count) {
+      Vec<R> z{}, sg{}, dx, dz;
+      if constexpr (kGate != Gate::kNone) {
+        z = load_part<R>(o.z.row(i) + c, count), sg = load_part<R>(s.row(i) + c, count);
+      }
+      const Vec<R> x = load_part<R>(o.x.row(i) + c, count);
+      const Vec<R> dy = load_part<R>(o.dy.row(i) + c, count);
+      const Vec<R> xhat = (gated_input<kGate>(x, z, sg) - mean) * rstd;
+      const Vec<R> dn = norm_output_vjp<kGate>(dy, z, sg);
+      const Vec<R> dv = norm_vjp(norm.scale(dn, c, count), xhat, rstd, mean_dxhat, mean_dot);
+      const Vec<R> n = kGate == Gate::kAfter ? norm.output(xhat, c, count) : xhat;
+      gate_vjp<kGate>(x, z, sg, n, dy, dv, dx, dz);
+      store_part<R>(o.dx.row(i) + c, dx, count);
+      if constexpr (kGate != Gate::kNone) store_part<R>(o.dz.row(i) + c, dz, count);
+      total.add(dn, xhat, c, count);
+    });
+  }
 }
 
 template <class R>
@@ -83,7 +112,7 @@ class Backward {
     Scratch scratch(memory);
     weight_ = load_parameter<R>(p.weight, p.dim, scratch);
     bias_ = load_parameter<R>(p.bias, p.dim, scratch);
-    s_ = scratch.take<R>(p.pitch());
+    s_ = {scratch.take<R>(p.batch() * p.pitch()), p.pitch()};
     if (p.in_place) return;
     for (Block<R>* tile : {&x_, &z_, &dy_, &dx_, &dz_, &spare_}) *tile = take_tile<R>(p, scratch);
   }
@@ -110,16 +139,12 @@ class Backward {
  private:
   template <class T, Gate kGate>
   void in_place(int64_t begin, int64_t end) {
-    for_places(p_, begin, end, end - begin, [&](const Place& place) {
-      const Block<T> x = block_of<T>(p_.x, place, 0), z = block_of<T>(p_.z, place, 0),
-                     dy = block_of<T>(p_.dy, place, 0), dx = block_of<T>(p_.dx, place, 0),
-                     dz = block_of<T>(p_.dz, place, 0);
-      for (int i = 0; i < place.count; ++i) {
-        for (int64_t c = 0; c < p_.dim; c += p_.group_size) {
-          Row<T> row{x.row(i) + c, nullptr, dy.row(i) + c, dx.row(i) + c, nullptr};
-          if constexpr (kGate != Gate::kNone) row.z = z.row(i) + c, row.dz = dz.row(i) + c;
-          group<T, kGate>(row, c);
-        }
+    for_places(p_, begin, end, p_.batch(), [&](const Place& place) {
+      for (int64_t c = 0; c < p_.dim; c += p_.group_size) {
+        const Operands<T> o{block_of<const T>(p_.x, place, c), block_of<const T>(p_.z, place, c),
+                            block_of<const T>(p_.dy, place, c), block_of<T>(p_.dx, place, c),
+                            block_of<T>(p_.dz, place, c)};
+        backward<R, T, kGate>(norm_at(p_, c, weight_, bias_), place.count, o, total_at(c), s_);
       }
     });
   }
@@ -135,9 +160,11 @@ class Backward {
       std::fill(dy_.data, dy_.data + place.count * dy_.pitch, R(0));
     }
     with_gate(p_.gate, [&](auto gate) {
-      for (int i = 0; i < place.count; ++i) {
-        group<R, gate()>(Row<R>{x_.row(i), z_.row(i), dy_.row(i), dx_.row(i), dz_.row(i)}, channel);
-      }
+      for_batches(p_, place.count, [&](int i, int rows) {
+        const Operands<R> o{x_.from(i), z_.from(i), dy_.from(i), dx_.from(i), dz_.from(i)};
+        backward<R, R, gate()>(norm_at(p_, channel, weight_, bias_), rows, o, total_at(channel),
+                               s_);
+      });
     });
     if (p_.dresidual_out) add_rows(p_.dresidual_out, place, channel, n, dx_, spare_);
     store_rows(p_.dx, place, channel, n, dx_);
@@ -145,17 +172,15 @@ class Backward {
     if (p_.z) store_rows(p_.dz, place, channel, n, dz_);
   }
 
-  template <class T, Gate kGate>
-  STATESCAN_INLINE void group(const Row<T>& row, int64_t channel) {
-    ParameterSums<R> sums{nullptr, nullptr};
-    if (dparameters_) sums = {dparameters_ + channel, dparameters_ + p_.dim + channel};
-    backward<R, T, kGate>(norm_at(p_, channel, weight_, bias_), row, sums, s_);
+  ParameterSums<R> total_at(int64_t channel) const {
+    if (dparameters_ == nullptr) return {nullptr, nullptr};
+    return {dparameters_ + channel, dparameters_ + p_.dim + channel};
   }
 
   const BwdParams& p_;
   const R *weight_, *bias_;
-  R *s_, *dparameters_;
-  Block<R> x_, z_, dy_, dx_, dz_, spare_;
+  R* dparameters_;
+  Block<R> s_, x_, z_, dy_, dx_, dz_, spare_;
 };
 
 template <class R>

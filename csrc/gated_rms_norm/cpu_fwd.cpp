@@ -6,41 +6,62 @@ namespace statescan::gated_rms_norm {
 namespace STATESCAN_ISA {
 namespace {
 
-// One group of one row. `v` is room for it.
+// What the norm sees of a group of one row. Where the gate comes first an exponential makes it, and v
+// keeps it for the second walk.
 template <class R, class T, Gate kGate>
-void normalize(const Norm<R>& norm, const T* x, const T* z, T* y, R* v) {
-  constexpr bool kept = kGate == Gate::kBefore;  // v is dear: an exponential for each channel
-  auto input = [&](int64_t c, auto count) {
-    if constexpr (kept) return load_part<R>(v + c, count);
-    return load_part<R>(x + c, count);
-  };
-  auto first_input = [&](int64_t c, auto count) {
+struct Input {
+  const T *x, *z;
+  R* v;
+
+  template <class Count>
+  STATESCAN_INLINE Vec<R> first(int64_t c, Count count) const {
     const Vec<R> in = load_part<R>(x + c, count);
-    if constexpr (!kept) return in;
+    if constexpr (kGate != Gate::kBefore) return in;
     const Vec<R> gate = load_part<R>(z + c, count);
     const Vec<R> out = gated_input<kGate>(in, gate, sigmoid(gate));
     store(v + c, out);  // whole vectors fit: v is padded
     return out;
-  };
-  R mean = 0, squares;
-  if (norm.subtract_mean) {
-    mean = sum_channels<R>(norm.n, first_input) / R(norm.n);
-    squares = sum_channels<R>(norm.n, [&](int64_t c, auto count) {
-      const Vec<R> d = only_first<R>(input(c, count) - mean, count);
-      return d * d;
-    });
-  } else {
-    squares = sum_channels<R>(norm.n, [&](int64_t c, auto count) {
-      const Vec<R> in = first_input(c, count);
-      return in * in;
+  }
+  template <class Count>
+  STATESCAN_INLINE Vec<R> again(int64_t c, Count count) const {
+    if constexpr (kGate == Gate::kBefore) return load_part<R>(v + c, count);
+    return load_part<R>(x + c, count);
+  }
+  R sum(int64_t n) const {
+    return sum_channels<R>(n, [&](int64_t c, auto count) { return first(c, count); });
+  }
+};
+
+// One group of a batch of rows. `v` is room for it. Rows take turns, so that one does not wait for the
+// root of another.
+template <class R, class T, Gate kGate>
+void normalize(const Norm<R>& norm, int rows, Block<const T> x, Block<const T> z, Block<T> y,
+               Block<R> v) {
+  R mean[kBatch] = {}, rstd[kBatch];
+  for (int i = 0; i < rows; ++i) {
+    const Input<R, T, kGate> in{x.row(i), z.row(i), v.row(i)};
+    if (norm.subtract_mean) {
+      mean[i] = in.sum(norm.n) / R(norm.n);
+      rstd[i] = sum_channels<R>(norm.n, [&](int64_t c, auto count) {
+        const Vec<R> d = only_first<R>(in.again(c, count) - mean[i], count);
+        return d * d;
+      });
+    } else {
+      rstd[i] = sum_channels<R>(norm.n, [&](int64_t c, auto count) {
+        const Vec<R> d = in.first(c, count);
+        return d * d;
+      });
+    }
+  }
+  for (int i = 0; i < rows; ++i) rstd[i] = norm.rstd(rstd[i]);
+  for (int i = 0; i < rows; ++i) {
+    const Input<R, T, kGate> in{x.row(i), z.row(i), v.row(i)};
+    for_channels<R>(norm.n, [&](int64_t c, auto count) {
+      Vec<R> out = norm.output((in.again(c, count) - mean[i]) * rstd[i], c, count);
+      if constexpr (kGate == Gate::kAfter) out *= silu(load_part<R>(in.z + c, count));
+      store_part<R>(y.row(i) + c, out, count);
     });
   }
-  const R rstd = norm.rstd(squares);
-  for_channels<R>(norm.n, [&](int64_t c, auto count) {
-    Vec<R> out = norm.output((input(c, count) - mean) * rstd, c, count);
-    if constexpr (kGate == Gate::kAfter) out *= silu(load_part<R>(z + c, count));
-    store_part<R>(y + c, out, count);
-  });
 }
 
 template <class R>
@@ -50,7 +71,7 @@ class Forward {
     Scratch scratch(memory);
     weight_ = load_parameter<R>(p.weight, p.dim, scratch);
     bias_ = load_parameter<R>(p.bias, p.dim, scratch);
-    v_ = scratch.take<R>(p.pitch());
+    v_ = {scratch.take<R>(p.batch() * p.pitch()), p.pitch()};
     if (p.in_place) return;
     for (Block<R>* tile : {&x_, &z_, &y_}) *tile = take_tile<R>(p, scratch);
   }
@@ -70,14 +91,11 @@ class Forward {
  private:
   template <class T, Gate kGate>
   void in_place(int64_t begin, int64_t end) {
-    for_places(p_, begin, end, end - begin, [&](const Place& place) {
-      const Block<T> x = block_of<T>(p_.x, place, 0), z = block_of<T>(p_.z, place, 0),
-                     y = block_of<T>(p_.y, place, 0);
-      for (int i = 0; i < place.count; ++i) {
-        for (int64_t c = 0; c < p_.dim; c += p_.group_size) {
-          normalize<R, T, kGate>(norm_at(p_, c, weight_, bias_), x.row(i) + c,
-                                 kGate == Gate::kNone ? nullptr : z.row(i) + c, y.row(i) + c, v_);
-        }
+    for_places(p_, begin, end, p_.batch(), [&](const Place& place) {
+      for (int64_t c = 0; c < p_.dim; c += p_.group_size) {
+        normalize<R, T, kGate>(norm_at(p_, c, weight_, bias_), place.count,
+                               block_of<const T>(p_.x, place, c), block_of<const T>(p_.z, place, c),
+                               block_of<T>(p_.y, place, c), v_);
       }
     });
   }
@@ -89,18 +107,17 @@ class Forward {
     if (p_.residual_out) store_rows(p_.residual_out, place, channel, n, x_);
     if (p_.z) load_rows(p_.z, place, channel, n, z_);
     with_gate(p_.gate, [&](auto gate) {
-      for (int i = 0; i < place.count; ++i) {
-        normalize<R, R, gate()>(norm_at(p_, channel, weight_, bias_), x_.row(i), z_.row(i),
-                                y_.row(i), v_);
-      }
+      for_batches(p_, place.count, [&](int i, int rows) {
+        normalize<R, R, gate()>(norm_at(p_, channel, weight_, bias_), rows, x_.from(i), z_.from(i),
+                                y_.from(i), v_);
+      });
     });
     store_rows(p_.y, place, channel, n, y_);
   }
 
   const FwdParams& p_;
   const R *weight_, *bias_;
-  R* v_;
-  Block<R> x_, z_, y_;
+  Block<R> v_, x_, z_, y_;
 };
 
 template <class R>

@@ -104,13 +104,15 @@ STATESCAN_INLINE void for_places(const Problem& p, int64_t begin, int64_t end, i
   }
 }
 
-// Row i of a tile, or of a tensor in place, is data + i * pitch. No data: absent.
+// Row i of a tile, or of a tensor in place, is data + i * pitch.
 template <class T>
 struct Block {
   T* data;
   int64_t pitch;
 
-  STATESCAN_INLINE T* row(int i) const { return data ? data + i * pitch : nullptr; }
+  STATESCAN_INLINE T* row(int i) const { return data + i * pitch; }
+  STATESCAN_INLINE Block from(int i) const { return {data + i * pitch, pitch}; }
+  STATESCAN_INLINE operator Block<const T>() const { return {data, pitch}; }
 };
 
 template <class T>
@@ -118,6 +120,13 @@ STATESCAN_INLINE Block<T> block_of(const Rows& x, const Place& place, int64_t ch
   if (!x) return {nullptr, 0};
   const Plane rows = place.plane(x, channel);
   return {static_cast<T*>(rows.data), rows.time_stride};
+}
+
+// f(first row, rows) for batches of `count` rows.
+template <class F>
+STATESCAN_INLINE void for_batches(const Problem& p, int count, F&& f) {
+  const int most = int(p.batch());
+  for (int i = 0; i < count; i += most) f(i, std::min(most, count - i));
 }
 
 template <class R>

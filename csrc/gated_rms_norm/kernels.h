@@ -12,7 +12,8 @@ namespace statescan::gated_rms_norm {
 
 enum class Gate : int8_t;
 
-inline constexpr int kLead = 4;  // dimensions in front of the channels, merged where strides allow
+inline constexpr int kBatch = 8;  // rows that take turns, where they are short
+inline constexpr int kLead = 4;   // dimensions in front of the channels, merged where strides allow
 
 using Rows = View<kLead + 1>;  // (lead..., dim)
 
@@ -32,7 +33,7 @@ struct Problem {
   Rows x, z;             // z may be absent
   Rows residual;         // added to x, or absent
 
-  STATESCAN_HOST_DEVICE int64_t groups() const { return group_size > 0 ? dim / group_size : 0; }
+  STATESCAN_HOST_DEVICE int64_t batch() const { return group_size > 512 ? 1 : kBatch; }
   // Rows in one tile. Sixteen, where they fit the cache: rows that lie next to each other in memory,
   // as in a channel-first tensor, are transposed together.
   STATESCAN_HOST_DEVICE int64_t tile_rows() const {
@@ -45,6 +46,7 @@ struct Problem {
   int64_t tile_bytes(int tiles) const {
     return tiles * (tile_rows() * pitch() * element_bytes(compute) + 64);
   }
+  int64_t batch_bytes() const { return batch() * pitch() * element_bytes(compute) + 64; }
   int64_t parameter_bytes() const { return 2 * (dim * element_bytes(compute) + 64); }
 };
 
@@ -58,7 +60,7 @@ struct FwdParams : Problem {
   }
   int64_t tasks() const { return (rows + rows_per_task() - 1) / rows_per_task(); }
   int64_t scratch_bytes() const {
-    return parameter_bytes() + pitch() * element_bytes(compute) + 64 + tile_bytes(in_place ? 0 : 3);
+    return parameter_bytes() + batch_bytes() + tile_bytes(in_place ? 0 : 3);
   }
 };
 
@@ -79,7 +81,7 @@ struct BwdParams : Problem {
     return rows * task / tasks;
   }
   int64_t scratch_bytes() const {
-    return parameter_bytes() + pitch() * element_bytes(compute) + 64 + tile_bytes(in_place ? 0 : 6);
+    return parameter_bytes() + batch_bytes() + tile_bytes(in_place ? 0 : 6);
   }
 };
 
