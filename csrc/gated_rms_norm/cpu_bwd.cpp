@@ -13,16 +13,15 @@ struct Operands {
   Block<T> dx, dz;
 };
 
+template <class R, class Count>
+STATESCAN_INLINE void add_part(R* sum, Vec<R> v, Count count) {
+  store_part<R>(sum, load_part<R>(sum, count) + v, count);
+}
+
+// Sums over rows, of a group. No data: not wanted.
 template <class R>
 struct ParameterSums {
-  R *dweight, *dbias;  // of the group; or null
-
-  template <class Count>
-  STATESCAN_INLINE void add(Vec<R> dn, Vec<R> xhat, int64_t c, Count count) const {
-    if (dweight == nullptr) return;
-    store_part<R>(dweight + c, load_part<R>(dweight + c, count) + dn * xhat, count);
-    store_part<R>(dbias + c, load_part<R>(dbias + c, count) + dn, count);
-  }
+  R *dweight, *dbias;
 };
 
 template <class R, class T, Gate kGate>
@@ -86,21 +85,24 @@ void backward(const Norm<R>& norm, int rows, const Operands<T>& o, const Paramet
   for (int i = 0; i < rows; ++i) finish(norm, sums[i]);
   for (int i = 0; i < rows; ++i) {
     const auto [mean, rstd, mean_dxhat, mean_dot] = sums[i];
+    const T *x_row = o.x.row(i), *z_row = o.z.row(i), *dy_row = o.dy.row(i);
+    T *dx_row = o.dx.row(i), *dz_row = o.dz.row(i);
+    const R* s_row = s.row(i);
     for_channels<R>(norm.n, [&](int64_t c, auto count) {
       Vec<R> z{}, sg{}, dx, dz;
       if constexpr (kGate != Gate::kNone) {
-        z = load_part<R>(o.z.row(i) + c, count), sg = load_part<R>(s.row(i) + c, count);
+        z = load_part<R>(z_row + c, count), sg = load_part<R>(s_row + c, count);
       }
-      const Vec<R> x = load_part<R>(o.x.row(i) + c, count);
-      const Vec<R> dy = load_part<R>(o.dy.row(i) + c, count);
+      const Vec<R> x = load_part<R>(x_row + c, count), dy = load_part<R>(dy_row + c, count);
       const Vec<R> xhat = (gated_input<kGate>(x, z, sg) - mean) * rstd;
       const Vec<R> dn = norm_output_vjp<kGate>(dy, z, sg);
       const Vec<R> dv = norm_vjp(norm.scale(dn, c, count), xhat, rstd, mean_dxhat, mean_dot);
       const Vec<R> n = kGate == Gate::kAfter ? norm.output(xhat, c, count) : xhat;
       gate_vjp<kGate>(x, z, sg, n, dy, dv, dx, dz);
-      store_part<R>(o.dx.row(i) + c, dx, count);
-      if constexpr (kGate != Gate::kNone) store_part<R>(o.dz.row(i) + c, dz, count);
-      total.add(dn, xhat, c, count);
+      store_part<R>(dx_row + c, dx, count);
+      if constexpr (kGate != Gate::kNone) store_part<R>(dz_row + c, dz, count);
+      if (total.dweight) add_part(total.dweight + c, dn * xhat, count);
+      if (total.dbias) add_part(total.dbias + c, dn, count);
     });
   }
 }
@@ -174,7 +176,8 @@ class Backward {
 
   ParameterSums<R> total_at(int64_t channel) const {
     if (dparameters_ == nullptr) return {nullptr, nullptr};
-    return {dparameters_ + channel, dparameters_ + p_.dim + channel};
+    return {p_.weight ? dparameters_ + channel : nullptr,
+            p_.bias ? dparameters_ + p_.dim + channel : nullptr};
   }
 
   const BwdParams& p_;

@@ -11,6 +11,7 @@ namespace {
 template <class R, class T, Gate kGate>
 struct Input {
   const T *x, *z;
+  const T *next_x, *next_z;  // of the next batch
   R* v;
 
   template <class Count>
@@ -20,12 +21,19 @@ struct Input {
     const Vec<R> gate = load_part<R>(z + c, count);
     const Vec<R> out = gated_input<kGate>(in, gate, sigmoid(gate));
     store(v + c, out);  // whole vectors fit: v is padded
+    ask_for_next(c);
     return out;
   }
   template <class Count>
   STATESCAN_INLINE Vec<R> again(int64_t c, Count count) const {
     if constexpr (kGate == Gate::kBefore) return load_part<R>(v + c, count);
+    if constexpr (kGate == Gate::kAfter) ask_for_next(c);
     return load_part<R>(x + c, count);
+  }
+  // In the walk that has exponentials to compute meanwhile, so that memory is never idle.
+  STATESCAN_INLINE void ask_for_next(int64_t c) const {
+    __builtin_prefetch(next_x + c, 0, 1);
+    __builtin_prefetch(next_z + c, 0, 1);
   }
   R sum(int64_t n) const {
     return sum_channels<R>(n, [&](int64_t c, auto count) { return first(c, count); });
@@ -38,8 +46,11 @@ template <class R, class T, Gate kGate>
 void normalize(const Norm<R>& norm, int rows, Block<const T> x, Block<const T> z, Block<T> y,
                Block<R> v) {
   R mean[kBatch] = {}, rstd[kBatch];
+  const auto input = [&](int i) {
+    return Input<R, T, kGate>{x.row(i), z.row(i), x.row(i + rows), z.row(i + rows), v.row(i)};
+  };
   for (int i = 0; i < rows; ++i) {
-    const Input<R, T, kGate> in{x.row(i), z.row(i), v.row(i)};
+    const auto in = input(i);
     if (norm.subtract_mean) {
       mean[i] = in.sum(norm.n) / R(norm.n);
       rstd[i] = sum_channels<R>(norm.n, [&](int64_t c, auto count) {
@@ -55,7 +66,7 @@ void normalize(const Norm<R>& norm, int rows, Block<const T> x, Block<const T> z
   }
   for (int i = 0; i < rows; ++i) rstd[i] = norm.rstd(rstd[i]);
   for (int i = 0; i < rows; ++i) {
-    const Input<R, T, kGate> in{x.row(i), z.row(i), v.row(i)};
+    const auto in = input(i);
     for_channels<R>(norm.n, [&](int64_t c, auto count) {
       Vec<R> out = norm.output((in.again(c, count) - mean[i]) * rstd[i], c, count);
       if constexpr (kGate == Gate::kAfter) out *= silu(load_part<R>(in.z + c, count));
