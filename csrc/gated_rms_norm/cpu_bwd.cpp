@@ -74,7 +74,7 @@ STATESCAN_INLINE void finish(const Norm<R>& norm, Sums<R>& sums) {
 }
 
 // One group of a batch of rows. `s` is room for sigmoid(z). Rows take turns, so that one does not wait
-// for the root of another.
+// for the root of another; the batch after this one is asked for while memory would be idle.
 template <class R, class T, Gate kGate>
 void backward(const Norm<R>& norm, int rows, const Operands<T>& o, const ParameterSums<R>& total,
               Block<R> s) {
@@ -85,6 +85,7 @@ void backward(const Norm<R>& norm, int rows, const Operands<T>& o, const Paramet
   for (int i = 0; i < rows; ++i) finish(norm, sums[i]);
   for (int i = 0; i < rows; ++i) {
     const auto [mean, rstd, mean_dxhat, mean_dot] = sums[i];
+    const T *next_x = o.x.row(i + rows), *next_z = o.z.row(i + rows), *next_dy = o.dy.row(i + rows);
     const T *x_row = o.x.row(i), *z_row = o.z.row(i), *dy_row = o.dy.row(i);
     T *dx_row = o.dx.row(i), *dz_row = o.dz.row(i);
     const R* s_row = s.row(i);
@@ -101,6 +102,9 @@ void backward(const Norm<R>& norm, int rows, const Operands<T>& o, const Paramet
       gate_vjp<kGate>(x, z, sg, n, dy, dv, dx, dz);
       store_part<R>(dx_row + c, dx, count);
       if constexpr (kGate != Gate::kNone) store_part<R>(dz_row + c, dz, count);
+      __builtin_prefetch(next_x + c, 0, 1);
+      __builtin_prefetch(next_dy + c, 0, 1);
+      if constexpr (kGate != Gate::kNone) __builtin_prefetch(next_z + c, 0, 1);
       if (total.dweight) add_part(total.dweight + c, dn * xhat, count);
       if (total.dbias) add_part(total.dbias + c, dn, count);
     });
