@@ -12,7 +12,9 @@ from statescan.ops.causal_conv1d import (
     causal_conv1d_update,
     causal_conv1d_varlen_states,
 )
+from statescan.ops.decay_mask import decay_mask
 from statescan.ops.gated_rms_norm import gated_rms_norm
+from statescan.ops.materialize_mixer import materialize_mixer
 from statescan.ops.selective_scan import selective_scan
 from statescan.ops.selective_state_update import selective_state_update
 from statescan.ops.ssd_scan import ssd_scan
@@ -24,7 +26,9 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
+    "decay_mask",
     "gated_rms_norm",
+    "materialize_mixer",
     "reference",
     "selective_scan",
     "selective_state_update",

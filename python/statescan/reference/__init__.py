@@ -10,6 +10,7 @@ from statescan.reference.causal_conv1d import (
     causal_conv1d_varlen_states,
 )
 from statescan.reference.gated_rms_norm import gated_rms_norm
+from statescan.reference.materialize_mixer import decay_mask, materialize_mixer
 from statescan.reference.selective_scan import selective_scan
 from statescan.reference.selective_state_update import selective_state_update
 from statescan.reference.ssd_scan import ssd_scan
@@ -18,7 +19,9 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "causal_conv1d_varlen_states",
+    "decay_mask",
     "gated_rms_norm",
+    "materialize_mixer",
     "selective_scan",
     "selective_state_update",
     "ssd_scan",
