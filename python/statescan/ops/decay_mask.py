@@ -5,9 +5,9 @@ from torch import Tensor
 
 from statescan.ops import _register
 
-# Decays below this are 0 in any floating-point type. The bound keeps sums finite, so that a decay of
-# 0 (minus infinity) does not spoil the differences of sums on its far side.
-LEAST = -1e4
+# Decays below this are 0 in any floating-point type. The bound keeps sums finite, so that a decay
+# of 0 (minus infinity) does not spoil the differences of sums on its far side.
+LEAST = -1e3
 
 
 def decay_mask(
@@ -24,14 +24,14 @@ def decay_mask(
         M_{ts} = \exp \sum_{r=s+1}^{t} \ell_r \quad (s \le t), \qquad 0 \text{ elsewhere}
 
     M is what is left at step t of what entered at step s, if the state is multiplied by
-    :math:`e^{\ell_t}` before each input. Sums are differences of cumulative sums in float64, exact to
-    the last bits of any shorter type, and the exponential of a sum is taken only where it is asked
-    for. The mask is a composition of torch operators: differentiable any number of times, under
-    `torch.vmap` and `torch.compile` too.
+    :math:`e^{\ell_t}` before each input. Sums are differences of cumulative sums in float64, exact
+    to the last bits of any shorter type, and the exponential of a sum is taken only where it is
+    asked for. The mask is a composition of torch operators: differentiable any number of times,
+    under `torch.vmap` and `torch.compile` too.
 
     Args:
         log_decay: :math:`\ell`, (..., seqlen), float32, float16, bfloat16 or float64. Usually
-            negative; minus infinity forgets all that came before (below -1e4, to be precise).
+            negative; minus infinity forgets all that came before (below -1000, to be precise).
         symmetric: fill the other side with the mirror image, :math:`M_{st} = M_{ts}`, as in the
             masks of two-dimensional attention.
         strict: 0 on the diagonal too (which is 1 otherwise).

@@ -29,10 +29,10 @@ def gated_rms_norm(
         y = (\mathrm{norm}(x) \, w + b) \, \mathrm{silu}(z), \qquad
         \mathrm{norm}(v) = v \Big/ \sqrt{\tfrac{1}{n} \textstyle\sum_c v_c^2 + \varepsilon}
 
-    over the last dimension, or over groups of neighbouring channels of it. Everything is computed in
-    float32 whatever the dtypes, which may differ from one argument to the next (in float64 if any of
-    them is float64, for gradient checks). Any strides are read as they are: a slice of a wider
-    projection is passed without a copy. Autocast does not change the operator.
+    over the last dimension, or over groups of neighbouring channels of it. Everything is computed
+    in float32 whatever the dtypes, which may differ from one argument to the next (in float64 if
+    any of them is float64, for gradient checks). Any strides are read as they are: a slice of a
+    wider projection is passed without a copy. Autocast does not change the operator.
 
     Args:
         x: input, (..., dim), float32, float16 or bfloat16.
@@ -47,8 +47,8 @@ def gated_rms_norm(
         return_residual: also return the sum of ``x`` and ``residual``, which is the residual of the
             next layer.
         residual_dtype: dtype of that sum. That of ``residual`` if None, or of ``x`` if there is no
-            ``residual``: with float32 given to the first layer, the residual stays in float32. ``y``
-            is computed from the sum before it is rounded.
+            ``residual``: with float32 given to the first layer, the residual stays in float32.
+            ``y`` is computed from the sum before it is rounded.
         out_dtype: dtype of ``y``; that of ``x`` if None.
 
     Returns:

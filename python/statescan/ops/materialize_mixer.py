@@ -33,17 +33,17 @@ def materialize_mixer(
         \quad (s \le t), \qquad \ell_t = \Delta_t A,
 
     plus D on the diagonal, so that ``ssd_scan(x, dt, A, B, C, D, ...)[b, :, h]`` is
-    ``T[b, h] @ x[b, :, h]``. For fitting a scan to attention (MOHAWK, Bick et al. 2024), for looking
-    at it, and for tests: it costs what attention costs. Computed in float32 whatever the dtypes (in
-    float64 if any argument is float64).
+    ``T[b, h] @ x[b, :, h]``. For fitting a scan to attention (MOHAWK, Bick et al. 2024), for
+    looking at it, and for tests: it costs what attention costs. Computed in float32 whatever the
+    dtypes (in float64 if any argument is float64).
 
     Args:
         B: input projection, (batch, seqlen, group, state).
         C: output projection, likewise.
         dt: step sizes, (batch, seqlen, head); the number of groups divides that of heads.
         A: (head).
-        log_decay: logarithm of the decays, (batch, seqlen, head), in place of ``dt`` and ``A``; inputs
-            then enter with weight 1.
+        log_decay: logarithm of the decays, (batch, seqlen, head), in place of ``dt`` and ``A``;
+            inputs then enter with weight 1.
         D: skip weight, (head).
         dt_bias, dt_softplus, dt_limit: as in `ssd_scan`.
         seq_idx: as in `ssd_scan`, (batch, seqlen).
@@ -68,7 +68,7 @@ def materialize_mixer(
         raise NotImplementedError(
             f"out_dtype must be float32, float16, bfloat16 or float64, got {out_dtype}"
         )
-    batch, seqlen, heads = _check(B, C, dt, A, log_decay, D, dt_bias, seq_idx)
+    seqlen, heads = _check(B, C, dt, A, log_decay, D, dt_bias, seq_idx)
     floats = [t for t in (B, C, dt, A, log_decay, D, dt_bias) if t is not None]
     double = any(t.dtype == torch.float64 for t in floats)
     dtype = torch.float64 if double else torch.float32
@@ -105,7 +105,7 @@ def _same_sequence(seq_idx: Tensor) -> Tensor:
     return (run[:, :, None] == run[:, None]) & (seq_idx >= 0)[:, None]
 
 
-def _check(B, C, dt, A, log_decay, D, dt_bias, seq_idx) -> tuple[int, int, int]:
+def _check(B, C, dt, A, log_decay, D, dt_bias, seq_idx) -> tuple[int, int]:
     def check(name, tensor, symbols, *sizes):
         if tensor is not None and tuple(tensor.shape) != sizes:
             raise ValueError(
@@ -113,13 +113,11 @@ def _check(B, C, dt, A, log_decay, D, dt_bias, seq_idx) -> tuple[int, int, int]:
             )
 
     if B.dim() != 4:
-        raise ValueError(
-            f"B must have shape (batch, seqlen, group, state), got {list(B.shape)}"
-        )
-    if (log_decay is None) != (dt is not None and A is not None):
-        raise ValueError("give either dt and A, or log_decay")
+        raise ValueError(f"B must have shape (batch, seqlen, group, state), got {list(B.shape)}")
     if log_decay is not None and (dt is not None or A is not None or dt_bias is not None):
         raise ValueError("log_decay takes the place of dt, A and dt_bias: give one or the other")
+    if log_decay is None and (dt is None or A is None):
+        raise ValueError("give either dt and A, or log_decay")
     batch, seqlen, groups, _ = B.shape
     check("C", C, "(batch, seqlen, group, state)", *B.shape)
     name, per_head = ("dt", dt) if log_decay is None else ("log_decay", log_decay)
@@ -136,4 +134,4 @@ def _check(B, C, dt, A, log_decay, D, dt_bias, seq_idx) -> tuple[int, int, int]:
     for name, tensor in (("A", A), ("D", D), ("dt_bias", dt_bias)):
         check(name, tensor, "(head)", heads)
     check("seq_idx", seq_idx, "(batch, seqlen)", batch, seqlen)
-    return batch, seqlen, heads
+    return seqlen, heads

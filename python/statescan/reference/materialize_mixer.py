@@ -22,14 +22,15 @@ def decay_mask(
     rows = []
     for t in range(seqlen):
         for s in range(seqlen):
-            if strict and s == t or not symmetric and (s < t if reverse else s > t):
-                rows.append(torch.zeros_like(decay[..., 0]))
+            outside = not symmetric and (s < t if reverse else s > t)
+            if outside or (strict and s == t):
+                rows.append(decay[..., t] * 0)
             else:
                 first, last = min(s, t), max(s, t)
                 between = decay[..., first:last] if reverse else decay[..., first + 1 : last + 1]
                 rows.append(between.sum(-1).exp())
     if seqlen == 0:
-        return log_decay[..., None, :].to(out_dtype or log_decay.dtype)
+        return (log_decay[..., None] * log_decay[..., None, :]).to(out_dtype or log_decay.dtype)
     return torch.stack(rows, -1).unflatten(-1, (seqlen, seqlen)).to(out_dtype or log_decay.dtype)
 
 
@@ -75,8 +76,9 @@ def materialize_mixer(
         if s == t and D is not None:
             total = total + D[h]
         read = t + before if shift_output else t
-        if shift_output and (read not in range(seqlen) or seq_idx is not None and
-                             seq_idx[b, read] != seq_idx[b, t]):  # fmt: skip
+        if shift_output and read not in range(seqlen):
+            return total
+        if shift_output and seq_idx is not None and seq_idx[b, read] != seq_idx[b, t]:
             return total
         g = h // (heads // groups)
         product = (C[b, read, g].to(dtype) * B[b, s, g].to(dtype)).sum() * mask[b, h, read, s]

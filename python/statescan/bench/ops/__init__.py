@@ -4,6 +4,8 @@ import statescan
 from statescan.bench.ops import (
     causal_conv1d,
     causal_conv1d_update,
+    gated_rms_norm,
+    materialize_mixer,
     selective_scan,
     selective_state_update,
     ssd_scan,
@@ -13,7 +15,8 @@ from statescan.bench.suite import Op
 OPS: dict[str, Op] = {
     module.OP.name: module.OP
     for module in (
-        selective_scan, ssd_scan, causal_conv1d, selective_state_update, causal_conv1d_update,
+        selective_scan, ssd_scan, causal_conv1d, gated_rms_norm, materialize_mixer,
+        selective_state_update, causal_conv1d_update,
     )  # fmt: skip
     if hasattr(statescan, module.OP.name)
 }
