@@ -14,6 +14,7 @@ from statescan.ops.causal_conv1d import (
 )
 from statescan.ops.decay_mask import decay_mask
 from statescan.ops.gated_rms_norm import gated_rms_norm
+from statescan.ops.mamba2_mixer import mamba2_mixer
 from statescan.ops.materialize_mixer import materialize_mixer
 from statescan.ops.selective_scan import selective_scan
 from statescan.ops.selective_state_update import selective_state_update
@@ -28,6 +29,7 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "decay_mask",
     "gated_rms_norm",
+    "mamba2_mixer",
     "materialize_mixer",
     "reference",
     "selective_scan",

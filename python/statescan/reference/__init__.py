@@ -10,6 +10,7 @@ from statescan.reference.causal_conv1d import (
     causal_conv1d_varlen_states,
 )
 from statescan.reference.gated_rms_norm import gated_rms_norm
+from statescan.reference.mamba2_mixer import mamba2_mixer
 from statescan.reference.materialize_mixer import decay_mask, materialize_mixer
 from statescan.reference.selective_scan import selective_scan
 from statescan.reference.selective_state_update import selective_state_update
@@ -21,6 +22,7 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "decay_mask",
     "gated_rms_norm",
+    "mamba2_mixer",
     "materialize_mixer",
     "selective_scan",
     "selective_state_update",
