@@ -41,14 +41,14 @@ def mamba2_mixer(
     """Convolution, scan, gated norm and output projection of Mamba-2 (Dao & Gu 2024, figure 6),
     called one after the other: `causal_conv1d`, `ssd_scan`, `gated_rms_norm`.
 
-    Parts of ``zxbcdt`` go to the kernels as they lie in memory, without copies. For a variant of the
-    block (weights that are adapted or quantized, another norm, a bias of the gate) write those three
-    calls yourself; docs/mamba2_mixer.md shows them, and nothing is lost.
+    Parts of ``zxbcdt`` go to the kernels as they lie in memory, without copies. For a variant of
+    the block (weights that are adapted or quantized, another norm, a bias of the gate) write those
+    three calls yourself; docs/mamba2_mixer.md shows them, and nothing is lost.
 
     Args:
-        zxbcdt: the input projection, (batch, seqlen, columns): along the columns z and x (inner), B
-            and C (group * state), and dt (head), with inner = head * headdim. Columns beyond these
-            are a gated MLP in front of all others: twice as many as it has outputs.
+        zxbcdt: the input projection, (batch, seqlen, columns): along the columns z and x (inner),
+            B and C (group * state), and dt (head), with inner = head * headdim. Columns beyond
+            these are a gated MLP in front of all others: twice as many as it has outputs.
         conv_weight: (inner + 2 * group * state, width), or with a 1 in the middle: of x, B and C.
         conv_bias: (inner + 2 * group * state).
         dt_bias: (head).
