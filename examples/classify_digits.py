@@ -1,6 +1,6 @@
 """Trains a small VMamba to read handwritten digits for a minute, beside a logistic regression.
 
-    python examples/classify_digits.py [--minutes 0.75] [--seed 0] [--picture digits_routes.png]
+    python examples/classify_digits.py [--minutes 0.75] [--seed 0] [--picture FILE]
 
 A plain PyTorch model in one file, to read and to copy from. The images are the 1797 scanned digits
 that scikit-learn carries, 8 x 8 pixels each. The model is VMamba (Liu et al. 2024, SS2D with the
@@ -179,8 +179,8 @@ def accuracy(model: DigitReader, images: Tensor, targets: Tensor) -> float:
 
 
 def draw_routes(image: Tensor, path: Path) -> None:
-    """Each route of the scan as a line over the image, from blue at its start to red at its end; grey
-    where it jumps."""
+    """Each route of the scan as a line over the image, from blue at its start to red at its end,
+    grey where it jumps."""
     H, W = image.shape
     cell, gap = 48, 24
     index = routes.cross2d(H, W).index
@@ -196,14 +196,13 @@ def draw_routes(image: Tensor, path: Path) -> None:
         ]
         for t, (begin, end) in enumerate(pairwise(points)):
             along = t / (len(tokens) - 1)
+            color, width = (int(220 * along), 60, int(220 * (1 - along))), 5
             if abs(begin[0] - end[0]) + abs(begin[1] - end[1]) > cell:
-                draw.line((begin, end), fill=(150, 150, 150), width=1)
-            else:
-                draw.line(
-                    (begin, end), fill=(int(220 * along), 60, int(220 * (1 - along))), width=5
-                )
+                color, width = (150, 150, 150), 1
+            draw.line((begin, end), fill=color, width=width)
         x, y = points[0]
         draw.ellipse((x - 9, y - 9, x + 9, y + 9), fill=(0, 60, 220))
+    path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
 
 
@@ -213,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dim", type=int, default=32, help="width of the model (32)")
     parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--picture", type=Path, default=Path("digits_routes.png"))
+    parser.add_argument("--picture", type=Path, default=Path("demo_output/digits_routes.png"))
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
 

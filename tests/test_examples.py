@@ -31,10 +31,8 @@ def test_language_model_learns_and_decodes_as_it_reads():
 def test_digits_are_read_and_routes_drawn(tmp_path):
     picture = tmp_path / "routes.png"
     out = run("classify_digits.py", "--minutes", "0.1", "--dim", "16", "--picture", picture)
-    right = {
-        who: float(percent)
-        for percent, who in re.findall(r"^ +([\d.]+)%  (.+)$", out, re.MULTILINE)
-    }
+    lines = re.findall(r"^ +([\d.]+)%  (.+)$", out, re.MULTILINE)
+    right = {who: float(percent) for percent, who in lines}
     assert right["logistic regression"] > 90
     assert right["this model"] > 25  # after seconds; guessing makes 10
     assert picture.read_bytes().startswith(b"\x89PNG")
