@@ -108,15 +108,17 @@ def test_lengths(seqlen):
 
 
 def check_rounding(inputs):
-    """Against the reference in the same dtypes, which rounds what goes from one operator to the next
-    in the same places: a small sum such as ddt_bias can be 5 % off in bfloat16, in both alike."""
+    """Against the reference in the same dtypes, which rounds what goes from one operator to the
+    next in the same places: a small sum such as ddt_bias can be 5 % off in bfloat16, in both alike.
+    Machines with bfloat16 products round the scan's factors as well."""
+    slack = 6 if inputs["zxbcdt"].dtype == torch.bfloat16 else 1
     got, grads = run(statescan.mamba2_mixer, inputs)
     want, want_grads = run(reference.mamba2_mixer, inputs)
     for name, a, b in zip(("out", "conv_state", "states"), got, want, strict=True):
-        assert_close(name, a, b, inputs["zxbcdt"].dtype)
+        assert_close(name, a, b, inputs["zxbcdt"].dtype, slack)
     for name, grad in grads.items():
         assert grad.dtype == inputs[name].dtype
-        assert_close("d" + name, grad, want_grads[name], inputs["zxbcdt"].dtype)
+        assert_close("d" + name, grad, want_grads[name], inputs["zxbcdt"].dtype, slack)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -164,14 +166,17 @@ def test_parts_are_passed_without_copies(monkeypatch):
     from statescan.ops import mamba2_mixer as module
 
     seen, outputs = {}, {}
-    for name in ("causal_conv1d", "ssd_scan", "gated_rms_norm"):
 
-        def spy(*args, name=name, op=getattr(module, name), **options):
+    def spy_on(name, op):
+        def spy(*args, **options):
             seen[name] = [x for x in args if isinstance(x, torch.Tensor)]
             outputs[name] = op(*args, **options)
             return outputs[name]
 
         monkeypatch.setattr(module, name, spy)
+
+    for name in ("causal_conv1d", "ssd_scan", "gated_rms_norm"):
+        spy_on(name, getattr(module, name))
     inputs = {k: v.detach() for k, v in sample(dtype=torch.float32).items()}
     statescan.mamba2_mixer(**inputs, **SIZES)
 

@@ -79,6 +79,7 @@ template <class R, class T, Gate kGate>
 void backward(const Norm<R>& norm, int rows, const Operands<T>& o, const ParameterSums<R>& total,
               Block<R> s) {
   Sums<R> sums[kBatch];
+  const bool ahead = norm.n > 512;  // short rows are found by the hardware, and asking costs 20 %
   for (int i = 0; i < rows; ++i) {
     sums[i] = sums_of<R, T, kGate>(norm, o.x.row(i), o.z.row(i), o.dy.row(i), s.row(i));
   }
@@ -102,9 +103,11 @@ void backward(const Norm<R>& norm, int rows, const Operands<T>& o, const Paramet
       gate_vjp<kGate>(x, z, sg, n, dy, dv, dx, dz);
       store_part<R>(dx_row + c, dx, count);
       if constexpr (kGate != Gate::kNone) store_part<R>(dz_row + c, dz, count);
-      __builtin_prefetch(next_x + c, 0, 1);
-      __builtin_prefetch(next_dy + c, 0, 1);
-      if constexpr (kGate != Gate::kNone) __builtin_prefetch(next_z + c, 0, 1);
+      if (ahead) {
+        __builtin_prefetch(next_x + c, 0, 1);
+        __builtin_prefetch(next_dy + c, 0, 1);
+        if constexpr (kGate != Gate::kNone) __builtin_prefetch(next_z + c, 0, 1);
+      }
       if (total.dweight) add_part(total.dweight + c, dn * xhat, count);
       if (total.dbias) add_part(total.dbias + c, dn, count);
     });

@@ -61,13 +61,13 @@ def mamba2_mixer(
             the scan itself multiplies by silu(z).
         norm_eps, norm_before_gate: as in `gated_rms_norm`.
         norm_group_size: channels that are normalized together; those of a group if None.
-        out_proj_weight: (model, outputs), outputs being inner and those of the MLP. Without it there
-            is no projection.
+        out_proj_weight: (model, outputs), outputs being inner and those of the MLP. Without it
+            there is no projection.
         out_proj_bias: (model).
         dt_softplus, dt_limit, chunk_size: as in `ssd_scan`.
         initial_conv_state: of `causal_conv1d`, (batch, inner + 2 * group * state, width - 1).
-        initial_states: of `ssd_scan`, (batch, head, headdim, state). Both with one for each sequence
-            where there is ``cu_seqlens``.
+        initial_states: of `ssd_scan`, (batch, head, headdim, state). Both with one for each
+            sequence where there is ``cu_seqlens``.
         return_final_states: also return both states after the last step, from which the next call,
             or `causal_conv1d_update` and `selective_state_update`, go on.
         seq_idx, cu_seqlens: several sequences in a row, and padding, as in both operators.
@@ -83,8 +83,8 @@ def mamba2_mixer(
         ValueError: if shapes or values do not agree.
         NotImplementedError: if there is no kernel for a dtype or a device.
 
-    Memory: for the backward zxbcdt is kept, what the convolution and the scan give (and the norm, if
-    there is a projection), and the scan's states every 64 steps.
+    Memory: for the backward zxbcdt is kept, what the convolution and the scan give (and the norm,
+    if there is a projection), and the scan's states every 64 steps.
     """
     sizes = _sizes(zxbcdt, conv_weight, A, headdim, groups)
     zx_mlp, z, xBC, dt = zxbcdt.split(

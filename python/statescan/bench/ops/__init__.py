@@ -15,8 +15,13 @@ from statescan.bench.suite import Op
 OPS: dict[str, Op] = {
     module.OP.name: module.OP
     for module in (
-        selective_scan, ssd_scan, causal_conv1d, gated_rms_norm, materialize_mixer,
-        selective_state_update, causal_conv1d_update,
-    )  # fmt: skip
+        selective_scan,
+        ssd_scan,
+        causal_conv1d,
+        gated_rms_norm,
+        materialize_mixer,
+        selective_state_update,
+        causal_conv1d_update,
+    )
     if hasattr(statescan, module.OP.name)
 }
