@@ -28,8 +28,8 @@ def decay_mask(
     M is what is left at step t of what entered at step s, if the state is multiplied by
     :math:`e^{\ell_t}` before each input. Sums are differences of cumulative sums in float64, exact
     to the last bits of any shorter type, and the exponential of a sum is taken only where it is
-    asked for. What is less than the smallest normal number is 0. The mask is a composition of torch operators: differentiable any number of times,
-    under `torch.vmap` and `torch.compile` too.
+    asked for. What is less than the smallest normal number is 0. The mask is a composition of torch
+    operators: differentiable any number of times, under `torch.vmap` and `torch.compile` too.
 
     Args:
         log_decay: :math:`\ell`, (..., seqlen), float32, float16, bfloat16 or float64. Usually
@@ -73,16 +73,17 @@ def decay_mask(
         exponents, outside = -exponents, ~below.T
     else:
         outside = ~below
-    # Where the result is 0 anyway the exponential is spared: of numbers far below it takes torch ten
-    # times as long. (A comparison that keeps NaN.)
+    # Where the result is 0 anyway the exponential is spared: of numbers far below it takes torch
+    # ten times as long. (A comparison that keeps NaN.)
     zero = (exponents.detach() <= math.log(torch.finfo(exponents.dtype).tiny)) | outside
     mask = exponents.masked_fill_(zero, 0).exp_().masked_fill(zero, 0)
     return mask.to(out_dtype or log_decay.dtype)
 
 
 def _differences(sums: Tensor, exact: bool) -> Tensor:
-    """sums[t] - sums[s] for every t and s. Unless `exact`, in float32: the difference of the float32
-    parts is good to its own last bit, and that of what was rounded off makes up for the rest."""
+    """sums[t] - sums[s] for every t and s. Unless `exact`, in float32: the difference of the
+    float32 parts is good to its own last bit, and that of what was rounded off makes up for the
+    rest."""
     if exact:
         return sums[..., :, None] - sums[..., None, :]
     high = sums.float()
