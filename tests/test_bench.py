@@ -32,6 +32,12 @@ TINY = {
     "causal_conv1d_update": [Case("tiny", {"B": 2, "D": 5, "W": 4})],
     "gated_rms_norm": [Case("tiny", {"B": 2, "L": 5, "D": 12, "S": 4})],
     "materialize_mixer": [Case("tiny", {"B": 2, "L": 9, "H": 4, "N": 3, "G": 2})],
+    "cross_scan": [Case("tiny", {"B": 2, "C": 5, "H": 3, "W": 4})],
+    "cross_merge": [Case("tiny", {"B": 2, "C": 5, "H": 3, "W": 4})],
+    "route_gather": [
+        Case("windows", {"B": 2, "C": 5, "H": 7, "W": 14, "R": 2}),
+        Case("random", {"B": 2, "C": 5, "H": 3, "W": 4, "R": 3}),
+    ],
     "selective_state_update": [
         Case("Mamba-1", {"B": 2, "D": 5, "N": 3}),
         Case("Mamba-2", {"B": 2, "H": 4, "P": 3, "N": 5, "G": 2}),

@@ -66,4 +66,16 @@ STABLE_TORCH_LIBRARY(statescan, m) {
       "Tensor? bias, Tensor? z, Tensor? residual, float eps, int group_size, "
       "bool norm_before_gate, bool subtract_mean, ScalarType dx_dtype, "
       "ScalarType? dresidual_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // x (batch, count or 1, dim, H * W) -> (batch, count, dim, H * W), or (batch, H * W, count, dim)
+  m.def("cross_scan(Tensor x, SymInt H, SymInt W, str mode, bool channel_last) -> Tensor");
+  // y (batch, count, dim, H * W) -> (batch, dim, H * W), or (batch, H * W, dim)
+  m.def(
+      "cross_merge(Tensor y, SymInt H, SymInt W, str mode, str reduce, bool channel_last, "
+      "ScalarType? out_dtype) -> Tensor");
+  // x (batch, count or 1, dim, length) -> (batch, count, dim, steps), or (batch, steps, count, dim)
+  m.def("route_gather(Tensor x, Tensor? index, int[] digits, bool channel_last) -> Tensor");
+  // y (batch, count, dim, steps) -> (batch, dim, length), or (batch, length, dim)
+  m.def(
+      "route_scatter(Tensor y, Tensor? index, int[] digits, SymInt length, str reduce, "
+      "bool channel_last, ScalarType? out_dtype) -> Tensor");
 }

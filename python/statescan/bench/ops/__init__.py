@@ -4,8 +4,11 @@ import statescan
 from statescan.bench.ops import (
     causal_conv1d,
     causal_conv1d_update,
+    cross_merge,
+    cross_scan,
     gated_rms_norm,
     materialize_mixer,
+    route_gather,
     selective_scan,
     selective_state_update,
     ssd_scan,
@@ -22,6 +25,9 @@ OPS: dict[str, Op] = {
         materialize_mixer,
         selective_state_update,
         causal_conv1d_update,
+        cross_scan,
+        cross_merge,
+        route_gather,
     )
     if hasattr(statescan, module.OP.name)
 }

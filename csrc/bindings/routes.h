@@ -1,0 +1,36 @@
+// Sets of routes as the operators receive them, and moving tokens along them: by lines where the
+// routes and the memory allow it, else by an index table.
+#pragma once
+
+#include "bindings/tensor.h"
+#include "cross_scan/kernels.h"
+
+namespace statescan::bindings {
+
+struct RouteSet {
+  int64_t count = 0, steps = 0;
+  std::vector<cross_scan::DigitRoute> digits;  // of every route, or empty: there is a table
+  std::vector<int32_t> index;                  // (count, steps) or (batch, count, steps)
+  int64_t index_stride = 0;                    // from one batch element to the next, 0: shared
+};
+
+// The routes of cross_scan: of an H x W map.
+RouteSet cross_routes(const std::string& mode, int64_t H, int64_t W);
+// From digits, as Routes.flat_digits has them, or else from an index table (count, steps) or (batch,
+// count, steps). fail if a token is not one of `length`.
+RouteSet route_set(const OptionalTensor& index, const std::vector<int64_t>& digits, int64_t batch,
+                   int64_t length);
+
+// tokens (batch, count or 1, dim, length) -> (batch, count, dim, steps), or (batch, steps, count,
+// dim) if channel_last.
+Tensor gather(const Tensor& tokens, RouteSet routes, bool channel_last);
+
+enum class Reduce { kSum, kNone, kMean };
+Reduce reduce_of(const std::string& name);
+
+// stack (batch, count, dim, steps) -> (batch, dim, length), or (batch, length, dim) if channel_last;
+// kNone: (batch, count, dim, length), or (batch, length, count, dim).
+Tensor scatter(const Tensor& stack, RouteSet routes, int64_t length, Reduce reduce,
+               bool channel_last, std::optional<ScalarType> out_dtype);
+
+}  // namespace statescan::bindings

@@ -1,0 +1,84 @@
+// Parameters and entry points of the CPU kernels that move whole lines of channel-first tensors:
+// cross_scan and cross_merge, and every other set of routes that goes along lines.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common/isa.h"
+#include "common/view.h"
+
+namespace statescan::cross_scan {
+
+// A digit of a route, see DigitRoute in python/statescan/routes/descriptor.py.
+struct Digit {
+  int64_t n, stride;
+  bool flip, snake;
+};
+
+struct DigitRoute {
+  std::vector<Digit> digits;  // the outermost first
+  int64_t base = 0;
+  bool rev = false;
+
+  int64_t steps() const;
+};
+
+// The tokens of every step, in order of time.
+void append_index(const DigitRoute& route, std::vector<int32_t>& index);
+
+// One run of a route through tokens a stride apart.
+struct Line {
+  int64_t time;  // the first of its steps
+  bool flip;     // the last token comes first
+};
+
+// A route made of lines of n tokens that cover the grid (plane, n, stride): line (p, s) goes through
+// the tokens p * n * stride + i * stride + s, i < n. Rows have stride 1; columns of an H x W map have
+// n = H and stride = W.
+struct LineRoute {
+  int64_t n, stride, planes;
+  std::vector<Line> lines;  // (planes, stride)
+};
+
+// Lines of at least so many tokens, and columns at least so many side by side: whole vectors of any
+// instruction set. What is smaller goes by an index table, see route_gather/kernels.h.
+inline constexpr int64_t kLeast = 16;
+
+// The route in lines, if it is one that visits each of `length` tokens once, in lines long enough.
+std::optional<LineRoute> in_lines(const DigitRoute& route, int64_t length);
+
+// A task is a plane: the tokens of one channel of one batch element.
+struct ScanParams {
+  int64_t batch, dim, length;
+  bool stream;  // store past the caches
+  const std::vector<LineRoute>* routes;
+  View<4>
+      tokens;     // (batch, route, dim, length), stride 1 along tokens; route stride 0: one for all
+  View<4> stack;  // (batch, route, dim, length), stride 1 along time, the same dtype
+
+  int64_t tasks() const { return batch * dim; }
+  int64_t grain() const;
+  int64_t scratch_bytes() const { return length * element_bytes(stack.dtype); }
+};
+
+struct MergeParams {
+  int64_t batch, dim, length;
+  bool sum;       // over the routes
+  bool stream;    // store past the caches
+  DType compute;  // kFloat32 or kFloat64
+  const std::vector<LineRoute>* routes;
+  View<4> stack;  // (batch, route, dim, length), stride 1 along time
+  View<4>
+      tokens;  // (batch, route, dim, length), stride 1 along tokens; of the first route if summed
+
+  int64_t tasks() const { return batch * dim; }
+  int64_t grain() const;
+  int64_t scratch_bytes() const { return length * element_bytes(compute); }
+};
+
+STATESCAN_CPU_KERNEL(scan, ScanParams)
+STATESCAN_CPU_KERNEL(merge, MergeParams)
+
+}  // namespace statescan::cross_scan
