@@ -159,8 +159,7 @@ struct Factors {
 // them in a is not read, so nothing of it reaches a row, not even a NaN.
 template <class R, int kM, int kN>
 STATESCAN_INLINE void multiply_triangle(Block<R, kM, kN>& acc, const Factors<R>& left,
-                                        const R* /*a*/, int64_t /*a_row*/, const R* /*b*/,
-                                        int diagonal) {
+                                        const R* /*ends*/, const R* /*tile*/, int diagonal) {
   const R *a = left.a, *b = left.b;
   if (diagonal) {
     multiply_step(acc, a, left.a_row, b);
@@ -174,11 +173,9 @@ STATESCAN_INLINE void multiply_triangle(Block<R, kM, kN>& acc, const Factors<R>&
 }
 
 #if defined(__AVX512BF16__)
-// The half of a pair that a row may end with is taken from the tiles that the pairs were rounded from:
-// a from its row t and column t on, b from its row t on, as far apart as its pairs.
 template <int kDiagonal, int kM, int kN>
 STATESCAN_INLINE void multiply_pair_triangle(Block<float, kM, kN>& acc, const Factors<Pair>& left,
-                                             const float* a, int64_t a_row, const float* b) {
+                                             const float* ends, const float* tile) {
 #pragma GCC unroll 8
   for (int k = 0; 2 * k + 2 - kDiagonal < kM; ++k) {
     multiply_step(acc, left.a + k * left.a_step, left.a_row, left.b + k * left.b_step,
@@ -186,21 +183,21 @@ STATESCAN_INLINE void multiply_pair_triangle(Block<float, kM, kN>& acc, const Fa
   }
 #pragma GCC unroll 8
   for (int i = 1 - kDiagonal; i < kM; i += 2) {
-    const int k = i + kDiagonal - 1;
-    const FloatVec x = splat(a[i * a_row + k]);
+    const FloatVec x = splat(ends[i]);
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) {
-      acc.at[i][j] += x * load(b + k * left.b_step + j * kLanes<float>);
+      acc.at[i][j] += x * load(tile + (i + kDiagonal - 1) * left.b_step + j * kLanes<float>);
     }
   }
 }
 
+// Where the numbers of a row do not fill its pairs, ends[i] is its last one, and `tile` what the pairs
+// of b were rounded from.
 template <int kM, int kN>
 STATESCAN_INLINE void multiply_triangle(Block<float, kM, kN>& acc, const Factors<Pair>& left,
-                                        const float* a, int64_t a_row, const float* b,
-                                        int diagonal) {
-  if (diagonal) return multiply_pair_triangle<1>(acc, left, a, a_row, b);
-  multiply_pair_triangle<0>(acc, left, a, a_row, b);
+                                        const float* ends, const float* tile, int diagonal) {
+  if (diagonal) return multiply_pair_triangle<1>(acc, left, ends, tile);
+  multiply_pair_triangle<0>(acc, left, ends, tile);
 }
 #endif
 
@@ -238,6 +235,19 @@ STATESCAN_INLINE __m512i round_to_pairs(FloatVec first, FloatVec second) {
 }
 #endif
 
+// The columns of one row, lanes [c, c + kLanes<R>).
+template <class R, class E>
+STATESCAN_INLINE void store_columns(E* row, int c, Vec<R> v) {
+  if constexpr (std::is_same_v<E, R>) {
+    store(row + c, v);
+  } else {
+#if defined(__AVX512BF16__)
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(row + c / 2, &rounded, sizeof(rounded));
+#endif
+  }
+}
+
 template <class E, class R>
 STATESCAN_INLINE const E* paired_rows(const R* tile, [[maybe_unused]] int rows,
                                           [[maybe_unused]] int columns,
@@ -256,6 +266,45 @@ STATESCAN_INLINE const E* paired_rows(const R* tile, [[maybe_unused]] int rows,
 #endif
     return room;
   }
+}
+
+// The same of rows each multiplied by a number of its own, which are always written.
+template <class E, class R>
+STATESCAN_INLINE const E* scaled_rows(const R* tile, const R* by, int rows, int columns, int pitch,
+                                      E* room) {
+  for (int r = 0; r < rows; r += kDepth<E>) {
+    const R* row = tile + r * pitch;
+    for (int c = 0; c < columns; c += kLanes<R>) {
+      const Vec<R> scaled = load(row + c) * by[r];
+      if constexpr (std::is_same_v<E, R>) {
+        store(room + r * pitch + c, scaled);
+      } else {
+#if defined(__AVX512BF16__)
+        const FloatVec second = r + 1 < rows ? load(row + pitch + c) * by[r + 1] : FloatVec{};
+        _mm512_storeu_si512(room + r / 2 * pitch + c, round_to_pairs(scaled, second));
+#endif
+      }
+    }
+  }
+  return room;
+}
+
+// A block as rows of pairs (k, column), from an even row on.
+template <int kM, int kN, class R, class E>
+STATESCAN_INLINE void store_paired_rows([[maybe_unused]] const Block<R, kM, kN>& block,
+                                        [[maybe_unused]] E* out, [[maybe_unused]] int64_t pitch) {
+#if defined(__AVX512BF16__)
+  if constexpr (!std::is_same_v<E, R>) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kM; i += 2) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kN; ++j) {
+        _mm512_storeu_si512(out + i / 2 * pitch + j * kLanes<R>,
+                            round_to_pairs(block.at[i][j], block.at[i + 1][j]));
+      }
+    }
+  }
+#endif
 }
 
 }  // namespace STATESCAN_ISA

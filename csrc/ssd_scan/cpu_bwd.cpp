@@ -31,7 +31,8 @@ class Backward {
     for (R** x : {&B_, &C_}) *x = scratch_.take<R>(kSteps * state_pitch_);
     for (R** x : {&Ct_, &Bt_, &dCt_, &dBt_}) *x = scratch_.take<R>(states);
     for (R** x : {&G_, &dG_, &V_, &GL_, &transposed_}) *x = scratch_.take<R>(across);
-    for (R** x : {&x_, &dy_, &z_, &scaled_, &out_}) *x = scratch_.take<R>(kSteps * pitch_);
+    for (R** x : {&x_, &dy_, &z_, &out_}) *x = scratch_.take<R>(kSteps * pitch_);
+    scaled_ = scratch_.take<E>(kSteps * pitch_);
     for (R** x : {&xt_, &dyt_}) *x = scratch_.take<R>((p.headdim + kMaxRows) * kPitch);
     for (R** x : {&D_, &dD_}) *x = scratch_.take<R>(p.heads_per_task * pitch_);
     for (R** x : {&dA_, &dbias_}) *x = scratch_.take<R>(p.heads_per_task);
@@ -198,6 +199,9 @@ class Backward {
     const R A = load_or<R>(p_.A, h, 0);
     load_tile(scan_plane(p_, p_.dt, b, h, piece), 1, steps, decays_.weight, 1);
     decays_.find(p_, A, load_or<R>(p_.dt_bias, h, 0), steps, slope_);
+    dx_ = scan_plane(p_, p_.dx, b, h, piece);
+    const bool more = h + 1 < heads_.end;
+    expect(b, more ? piece : neighbour(p_, piece, -1), more ? h + 1 : heads_.begin);
     load_head(b, piece, h);
     if (!S_is_zero_) load_state(segment, piece, h);
 
@@ -209,10 +213,22 @@ class Backward {
     if (!S_is_zero_) output_gradient(steps);
     if (!dS_is_zero_) state_gradient(steps, dS);
     input_gradient(steps, dS, D_ + i * pitch_, dD_ + i * pitch_);
-    store_tile(scan_plane(p_, p_.dx, b, h, piece), P, steps, out_, pitch_);
+    store_tile(dx_, P, steps, out_, pitch_);
     decay_gradient(steps, A, i, S_is_zero_ || dS_is_zero_ ? R(0) : decays_.whole * dot(S_, dS));
     store_tile(scan_plane(p_, p_.ddt, b, h, piece), 1, steps, d_decay_, 1);
     if (!S_is_zero_) previous_state_gradient(steps, dS);
+  }
+
+  // What will be read after this head is asked for while this one is computed.
+  void expect(int64_t b, const Piece& piece, int64_t h) {
+    next_x_ = scan_plane(p_, p_.x, b, h, piece);
+    next_dy_ = p_.dy ? scan_plane(p_, p_.dy, b, h, piece) : Plane{};
+    next_state_ = piece.first ? Plane{} : saved_state(b, cell_at(p_, piece.begin), h);
+  }
+
+  Plane saved_state(int64_t b, int64_t cell, int64_t h) const {
+    return Plane{const_cast<void*>(p_.cell_states), p_.compute, 1, p_.headdim}.shifted(
+        ((b * p_.cells() + cell) * p_.heads + h) * p_.state * p_.headdim);
   }
 
   // x and dy, the latter before the gate, as (step, headdim) and (headdim, step).
@@ -242,9 +258,7 @@ class Backward {
     if (piece.first) {
       from = state_plane(p_.initial_state, segment.initial_slot, h);
     } else {
-      const int64_t cell = segment.batch * p_.cells() + piece.cell;
-      from = Plane{const_cast<void*>(p_.cell_states), p_.compute, 1, p_.headdim}.shifted(
-          (cell * p_.heads + h) * p_.state * p_.headdim);
+      from = saved_state(segment.batch, piece.cell, h);
     }
     load_tile(from, int(p_.headdim), int(p_.state), S_, pitch_);
   }
@@ -298,12 +312,7 @@ class Backward {
   // y once more, for dz.
   void gate_gradient(int64_t b, const Piece& piece, int64_t h, const R* D) {
     const int steps = piece.steps(), wide = padded<R>(steps), C_pitch = state_pitch_ / kDepthE;
-    for (int s = 0; s < steps; ++s) {
-      for (int p = s * pitch_; p < (s + 1) * pitch_; p += kLanes<R>) {
-        store(scaled_ + p, load(x_ + p) * decays_.weight[s]);
-      }
-    }
-    const E* x = paired_rows(scaled_, steps, pitch_, pitch_, x_pairs_);
+    const E* x = scaled_rows(x_, decays_.weight, steps, pitch_, pitch_, scaled_);
     const E* C = paired_columns(C_, steps, state_pitch_, state_pitch_, C_columns_);
     const E* GL = paired_rows(GL_, steps, wide, kPitch, GL_pairs_);
     const E* S = S_is_zero_ ? nullptr : paired_rows(S_, int(p_.state), pitch_, pitch_, state_pairs_);
@@ -385,7 +394,12 @@ class Backward {
     const E* dS_operand =
         dS_is_zero_ ? nullptr : paired_rows(dS, int(p_.state), pitch_, pitch_, state_pairs_);
     for_blocks(steps, pitch_ / kLanes<R>, [&](auto M, auto N, int s, int v) {
-      const int p = v * kLanes<R>;
+      const int p = v * kLanes<R>, left = steps - s < M() ? steps - s : M();
+      if (v == 0) {
+        prefetch_tile(next_x_.at(0, s), int(p_.headdim), left);
+        if (next_dy_.data) prefetch_tile(next_dy_.at(0, s), int(p_.headdim), left);
+        prefetch_tile<true>(dx_.at(0, s), int(p_.headdim), left);
+      }
       Block<R, M(), N()> dx;
       if (!dS_is_zero_) {
         multiply(dx, B_operand_ + s * B_pitch, B_pitch, 1, dS_operand + p, pitch_,
@@ -449,14 +463,12 @@ class Backward {
   }
 
   void previous_state_gradient(int steps, R* dS) {
-    for (int t = 0; t < steps; ++t) {
-      for (int p = t * pitch_; p < (t + 1) * pitch_; p += kLanes<R>) {
-        store(scaled_ + p, load(dy_ + p) * decays_.row[t]);
-      }
-    }
-    const E* scaled = paired_rows(scaled_, steps, pitch_, pitch_, dy_pairs_);
+    const E* scaled = scaled_rows(dy_, decays_.row, steps, pitch_, pitch_, scaled_);
     for_blocks(int(p_.state), pitch_ / kLanes<R>, [&](auto M, auto N, int n, int v) {
-      const int p = v * kLanes<R>;
+      const int p = v * kLanes<R>, left = int(p_.state) - n;
+      if (v == 0 && next_state_.data) {
+        prefetch_tile(next_state_.at(0, n), int(p_.headdim), left < M() ? left : M());
+      }
       Block<R, M(), N()> previous;
       R* at = dS + n * pitch_ + p;
       if (!dS_is_zero_) {
@@ -501,12 +513,14 @@ class Backward {
   R *B_, *C_;                                 // (step, state)
   R *Bt_, *Ct_, *dBt_, *dCt_;                 // (state, step)
   R *G_, *dG_, *V_, *GL_, *transposed_;       // (step s, step t), but for the last
-  R *x_, *dy_, *z_, *scaled_, *out_;          // (step, headdim)
+  R *x_, *dy_, *z_, *out_;                    // (step, headdim)
+  E* scaled_;                                 // likewise
   R *xt_, *dyt_;                              // (headdim, step)
   R *D_, *dD_, *dA_, *dbias_;                 // (head, headdim), (head)
   R *S_, *dS_;                                // (state, headdim), (head, state, headdim)
   R *index_, *slope_, *through_, *from_output_, *into_state_, *d_weight_, *d_decay_;  // (step)
   R *sums_, *crossing_;                       // (step, lane)
+  Plane dx_, next_x_, next_dy_, next_state_;
   const E *B_operand_, *C_operand_, *dyt_operand_;
   E *B_columns_ = nullptr, *C_columns_ = nullptr, *C_rows_ = nullptr, *Ct_rows_ = nullptr,
     *GL_pairs_ = nullptr, *x_pairs_ = nullptr, *dy_pairs_ = nullptr, *xt_rows_ = nullptr,

@@ -104,6 +104,17 @@ STATESCAN_INLINE Plane state_plane(const View<5>& x, int64_t batch, int64_t chun
       batch * x.stride[0] + chunk * x.stride[1] + head * x.stride[2]);
 }
 
+// The piece after this one in the order of the scan, or before it (step = -1), if its segment has one
+// and as if it were as long: to ask for its cache lines.
+STATESCAN_INLINE Piece neighbour(const Problem& p, const Piece& piece, int step) {
+  Piece next = piece;
+  const int64_t by = (p.reverse ? -step : step) * int64_t(piece.steps());
+  if (step > 0 ? piece.last : piece.first) return piece;
+  next.begin += by, next.end += by;
+  if (next.begin < 0 || next.end > p.seqlen) return piece;
+  return next;
+}
+
 template <class R>
 STATESCAN_INLINE void clear(R* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x[i] = 0;

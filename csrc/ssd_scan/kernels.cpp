@@ -16,9 +16,10 @@ int64_t FwdParams::scratch_bytes() const {
   const int64_t scalars = 4 * kSteps * wide_state                // B, C and as pairs
                           + 2 * (state + kWidest) * kTile        // B transposed
                           + 3 * kSteps * kTile                   // G, M
-                          + 4 * kSteps * wide_head               // x, weighted, y
+                          + 5 * kSteps * wide_head               // x, y, z, weighted
                           + heads_per_task * wide_head           // D
-                          + (heads_per_task + 1) * head_state    // S
+                          + 2 * heads_per_task * head_state      // S
+                          + 2 * kSteps                           // ends
                           + 5 * (kTile + 2 * kWidest);           // see Decays
   return scalars * element_bytes(compute) + 32 * 64;
 }
