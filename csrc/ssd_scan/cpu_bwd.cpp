@@ -199,7 +199,6 @@ class Backward {
     const R A = load_or<R>(p_.A, h, 0);
     load_tile(scan_plane(p_, p_.dt, b, h, piece), 1, steps, decays_.weight, 1);
     decays_.find(p_, A, load_or<R>(p_.dt_bias, h, 0), steps, slope_);
-    dx_ = scan_plane(p_, p_.dx, b, h, piece);
     const bool more = h + 1 < heads_.end;
     expect(b, more ? piece : neighbour(p_, piece, -1), more ? h + 1 : heads_.begin);
     load_head(b, piece, h);
@@ -213,7 +212,7 @@ class Backward {
     if (!S_is_zero_) output_gradient(steps);
     if (!dS_is_zero_) state_gradient(steps, dS);
     input_gradient(steps, dS, D_ + i * pitch_, dD_ + i * pitch_);
-    store_tile(dx_, P, steps, out_, pitch_);
+    store_tile(scan_plane(p_, p_.dx, b, h, piece), P, steps, out_, pitch_);
     decay_gradient(steps, A, i, S_is_zero_ || dS_is_zero_ ? R(0) : decays_.whole * dot(S_, dS));
     store_tile(scan_plane(p_, p_.ddt, b, h, piece), 1, steps, d_decay_, 1);
     if (!S_is_zero_) previous_state_gradient(steps, dS);
@@ -398,7 +397,6 @@ class Backward {
       if (v == 0) {
         prefetch_tile(next_x_.at(0, s), int(p_.headdim), left);
         if (next_dy_.data) prefetch_tile(next_dy_.at(0, s), int(p_.headdim), left);
-        prefetch_tile<true>(dx_.at(0, s), int(p_.headdim), left);
       }
       Block<R, M(), N()> dx;
       if (!dS_is_zero_) {
@@ -520,7 +518,7 @@ class Backward {
   R *S_, *dS_;                                // (state, headdim), (head, state, headdim)
   R *index_, *slope_, *through_, *from_output_, *into_state_, *d_weight_, *d_decay_;  // (step)
   R *sums_, *crossing_;                       // (step, lane)
-  Plane dx_, next_x_, next_dy_, next_state_;
+  Plane next_x_, next_dy_, next_state_;
   const E *B_operand_, *C_operand_, *dyt_operand_;
   E *B_columns_ = nullptr, *C_columns_ = nullptr, *C_rows_ = nullptr, *Ct_rows_ = nullptr,
     *GL_pairs_ = nullptr, *x_pairs_ = nullptr, *dy_pairs_ = nullptr, *xt_rows_ = nullptr,

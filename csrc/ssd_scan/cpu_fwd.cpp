@@ -145,10 +145,9 @@ class Forward {
     const bool more = h + 1 < heads_.end;
     const Plane next = scan_plane(p_, p_.x, b, more ? h + 1 : heads_.begin,
                                   more ? piece : neighbour(p_, piece, 1));
-    const Plane y = scan_plane(p_, p_.y, b, h, piece);
-    output(steps, S, D_ + (h - heads_.begin) * pitch_, next, y);
+    output(steps, S, D_ + (h - heads_.begin) * pitch_, next);
     if (p_.z) gate(b, piece, h);
-    store_tile(y, P, steps, y_, pitch_);
+    store_tile(scan_plane(p_, p_.y, b, h, piece), P, steps, y_, pitch_);
     if (!piece.last || state_is_wanted_) update(steps, S);
   }
 
@@ -166,18 +165,14 @@ class Forward {
     for (int t = back; t < steps; ++t) ends_[t] = diagonal_[t] * decays_.weight[t - back];
   }
 
-  // `next` is what will be read after this head and `out` what will be written: their cache lines are
-  // asked for while it is computed.
-  void output(int steps, const R* S, const R* D, const Plane& next, const Plane& out) {
+  // `next` is what will be read after this head, asked for while it is computed.
+  void output(int steps, const R* S, const R* D, const Plane& next) {
     const int diagonal = p_.shift_output ? 0 : 1, C_pitch = state_pitch_ / kDepthE;
     const E* x = paired_rows(x_, steps, pitch_, pitch_, x_pairs_);
     const E* S_operand = operand_of(S);
     for_blocks(steps, pitch_ / kLanes<R>, [&](auto M, auto V, int t, int v) {
       const int p = v * kLanes<R>, left = steps - t;
-      if (v == 0) {
-        prefetch_tile(next.at(0, t), int(p_.headdim), left < M() ? left : M());
-        prefetch_tile<true>(out.at(0, t), int(p_.headdim), left < M() ? left : M());
-      }
+      if (v == 0) prefetch_tile(next.at(0, t), int(p_.headdim), left < M() ? left : M());
       Block<R, M(), V()> y;
       if (!state_is_zero_) {
         multiply(y, C_operand_ + t * C_pitch, C_pitch, 1, S_operand + p, pitch_,
