@@ -86,7 +86,8 @@ Problem check(const Operands& x) {
                              {"log_decay", pointer(x.log_decay)},
                              {"initial_states", pointer(x.initial_states)}});
   const auto is_bfloat16 = [](const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; };
-  p.bfloat16 = is_bfloat16(x.x) && is_bfloat16(x.B) && is_bfloat16(x.C);
+  p.bfloat16 = isa() == Isa::kAvx512Bf16 && p.compute == DType::kFloat32 && is_bfloat16(x.x) &&
+               is_bfloat16(x.B) && is_bfloat16(x.C);
   return p;
 }
 
@@ -180,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ssd_scan_fwd(
       compute);
   Tensor cell_states = empty(
       x, save_cell_states ? Sizes{p.batch, p.cells(), p.heads, p.state, p.headdim} : Sizes{0},
-      compute);
+      scalar_type(p.cell_dtype()));
   p.y = view<4>("out_dtype", y);
   if (return_final_states) p.last_state = slot_view("final_states", final_states);
   if (return_chunk_states) p.chunk_states = view<5>("chunk_states", chunk_states);
@@ -257,6 +258,9 @@ BwdResult ssd_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dfinal_st
   fill(p, in);
   check_shape("cell_states", cell_states, "(batch, cell, head, state, headdim)",
               {p.batch, p.cells(), p.heads, p.state, p.headdim});
+  if (float_dtype("cell_states", cell_states) != p.cell_dtype()) {
+    fail("cell_states must be of the dtype that the forward saved");
+  }
   if (dy) check_shape("dy", *dy, "(batch, seqlen, head, headdim)", sizes_of(x));
   if (dlast) check_shape("dfinal_states", *dlast, "of final_states", state_sizes(p, found));
   if (dchunk_states) {

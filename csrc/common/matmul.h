@@ -14,6 +14,7 @@
 #include <type_traits>
 
 #include "common/simd.h"
+#include "common/tile.h"
 
 namespace statescan {
 inline namespace STATESCAN_ISA {
@@ -223,6 +224,21 @@ STATESCAN_INLINE const E* paired_columns(const R* tile, [[maybe_unused]] int row
 #endif
     return room;
   }
+}
+
+// k along the columns, from a tile that has it along its columns in rows that are wanted as columns:
+// (row, k) -> (k / kDepth, row). `columns` is the operand that paired_columns made of the tile.
+template <class R, class E>
+STATESCAN_INLINE const E* transposed(const E* columns, int rows, int count, int pitch, E* out,
+                                     int out_pitch) {
+  // A pair is moved as the 32 bits it has.
+  using Unit = std::conditional_t<std::is_same_v<E, R>, R, float>;
+  static_assert(sizeof(Unit) == sizeof(E));
+  constexpr DType type = sizeof(Unit) == 8 ? DType::kFloat64 : DType::kFloat32;
+  const Plane from{const_cast<E*>(columns), type, pitch / kDepth<E>, 1};
+  load_tile(from, rows, (count + kDepth<E> - 1) / kDepth<E>, reinterpret_cast<Unit*>(out),
+            out_pitch);
+  return out;
 }
 
 #if defined(__AVX512BF16__)

@@ -33,9 +33,11 @@ class Backward {
     for (R** x : {&G_, &dG_, &V_, &GL_, &transposed_}) *x = scratch_.take<R>(across);
     for (R** x : {&x_, &dy_, &z_, &out_}) *x = scratch_.take<R>(kSteps * pitch_);
     scaled_ = scratch_.take<E>(kSteps * pitch_);
-    for (R** x : {&xt_, &dyt_}) *x = scratch_.take<R>((p.headdim + kMaxRows) * kPitch);
+    for (E** x : {&xt_, &dyt_}) *x = scratch_.take<E>((p.headdim + kMaxRows) * kPitch);
     for (R** x : {&D_, &dD_}) *x = scratch_.take<R>(p.heads_per_task * pitch_);
     for (R** x : {&dA_, &dbias_}) *x = scratch_.take<R>(p.heads_per_task);
+    Ct_operand_ = scratch_.take<E>(states);
+    if constexpr (std::is_same_v<R, E>) Ct_ = Ct_operand_;
     S_ = scratch_.take<R>(state_size_);
     dS_ = scratch_.take<R>(p.heads_per_task * state_size_);
     for (R** x : {&index_, &slope_, &through_, &from_output_, &into_state_, &d_weight_, &d_decay_}) {
@@ -47,12 +49,8 @@ class Backward {
       for (E** x : {&B_columns_, &C_columns_, &C_rows_}) {
         *x = scratch_.take<E>(kSteps * state_pitch_);
       }
-      Ct_rows_ = scratch_.take<E>(states);
       GL_pairs_ = scratch_.take<E>(across);
       for (E** x : {&x_pairs_, &dy_pairs_}) *x = scratch_.take<E>(kSteps * pitch_);
-      for (E** x : {&xt_rows_, &dyt_rows_}) {
-        *x = scratch_.take<E>((p.headdim + kMaxRows) * kPitch);
-      }
       state_pairs_ = scratch_.take<E>(state_size_);
     }
   }
@@ -176,13 +174,14 @@ class Backward {
     load_projection<R>(p_, p_.B, b, heads_.group, piece, false, B_);
     load_projection<R>(p_, p_.C, b, heads_.group, piece, p_.shift_output, C_);
     transpose_tile(B_, state_pitch_, steps, N, Bt_, kPitch);
-    transpose_tile(C_, state_pitch_, steps, N, Ct_, kPitch);
+    if (!std::is_same_v<R, E>) transpose_tile(C_, state_pitch_, steps, N, Ct_, kPitch);
     clear(dBt_, N * kPitch);
     clear(dCt_, N * kPitch);
     clear(dG_, kTile * kPitch);
     B_operand_ = paired_columns(B_, steps, state_pitch_, state_pitch_, B_columns_);
     C_operand_ = paired_rows(C_, steps, state_pitch_, state_pitch_, C_rows_);
-    const E* Ct = paired_rows(Ct_, N, wide, kPitch, Ct_rows_);
+    C_by_state_ = paired_columns(C_, steps, state_pitch_, state_pitch_, C_columns_);
+    const E* Ct = transposed<R>(C_by_state_, steps, N, state_pitch_, Ct_operand_, kPitch);
     const int B_pitch = state_pitch_ / kDepthE;
     for_blocks<1>(steps, wide / kLanes<R>, [&](auto M, auto V, int s, int t) {
       if ((t + 1) * kLanes<R> <= s) return;
@@ -226,7 +225,7 @@ class Backward {
   }
 
   Plane saved_state(int64_t b, int64_t cell, int64_t h) const {
-    return Plane{const_cast<void*>(p_.cell_states), p_.compute, 1, p_.headdim}.shifted(
+    return Plane{const_cast<void*>(p_.cell_states), p_.cell_dtype(), 1, p_.headdim}.shifted(
         ((b * p_.cells() + cell) * p_.heads + h) * p_.state * p_.headdim);
   }
 
@@ -247,9 +246,10 @@ class Backward {
         store(z_ + i, dout * silu_slope(z, gate));
       }
     }
-    transpose_tile(x_, pitch_, steps, P, xt_, kPitch);
-    transpose_tile(dy_, pitch_, steps, P, dyt_, kPitch);
-    dyt_operand_ = paired_rows(dyt_, P, padded<R>(steps), kPitch, dyt_rows_);
+    x_operand_ = paired_columns(x_, steps, pitch_, pitch_, x_pairs_);
+    const E* dy = paired_columns(dy_, steps, pitch_, pitch_, dy_pairs_);
+    transposed<R>(x_operand_, steps, P, pitch_, xt_, kPitch);
+    transposed<R>(dy, steps, P, pitch_, dyt_, kPitch);
   }
 
   void load_state(const Segment& segment, const Piece& piece, int64_t h) {
@@ -264,12 +264,11 @@ class Backward {
 
   // V
   void score(int steps) {
-    const E* x = paired_columns(x_, steps, pitch_, pitch_, x_pairs_);
     const int x_pitch = pitch_ / kDepthE;
     for_blocks<1>(steps, padded<R>(steps) / kLanes<R>, [&](auto M, auto N, int s, int t) {
       if ((t + 1) * kLanes<R> <= s) return;
       Block<R, M(), N()> V;
-      multiply(V, x + s * x_pitch, x_pitch, 1, dyt_operand_ + t * kLanes<R>, kPitch,
+      multiply(V, x_operand_ + s * x_pitch, x_pitch, 1, dyt_ + t * kLanes<R>, kPitch,
                (int(p_.headdim) + kDepthE - 1) / kDepthE);
       V.store_to(V_ + s * kPitch + t * kLanes<R>, kPitch);
     });
@@ -312,7 +311,7 @@ class Backward {
   void gate_gradient(int64_t b, const Piece& piece, int64_t h, const R* D) {
     const int steps = piece.steps(), wide = padded<R>(steps), C_pitch = state_pitch_ / kDepthE;
     const E* x = scaled_rows(x_, decays_.weight, steps, pitch_, pitch_, scaled_);
-    const E* C = paired_columns(C_, steps, state_pitch_, state_pitch_, C_columns_);
+    const E* C = C_by_state_;
     const E* GL = paired_rows(GL_, steps, wide, kPitch, GL_pairs_);
     const E* S = S_is_zero_ ? nullptr : paired_rows(S_, int(p_.state), pitch_, pitch_, state_pairs_);
     for_blocks(steps, pitch_ / kLanes<R>, [&](auto M, auto N, int t, int v) {
@@ -340,14 +339,13 @@ class Backward {
   // dC through the state before the piece, and <row[t] C[t] S, dy[t]>.
   void output_gradient(int steps) {
     const E* S = paired_columns(S_, int(p_.state), pitch_, pitch_, state_pairs_);
-    project(steps, S, dyt_operand_, Ct_, decays_.row, nullptr, dCt_, from_output_);
+    project(steps, S, dyt_, Ct_, decays_.row, nullptr, dCt_, from_output_);
   }
 
   // dB through the state after the piece, and column[s] <B[s] dS, x[s]>.
   void state_gradient(int steps, const R* dS) {
-    const E* xt = paired_rows(xt_, int(p_.headdim), padded<R>(steps), kPitch, xt_rows_);
     const E* dS_operand = paired_columns(dS, int(p_.state), pitch_, pitch_, state_pairs_);
-    project(steps, dS_operand, xt, Bt_, decays_.column, decays_.weight, dBt_, into_state_);
+    project(steps, dS_operand, xt_, Bt_, decays_.column, decays_.weight, dBt_, into_state_);
   }
 
   // With Q[n, t] = scale[t] <state[n], vectors[t]>: sums[n, t] += weight[t] Q[n, t] and
@@ -513,16 +511,16 @@ class Backward {
   R *G_, *dG_, *V_, *GL_, *transposed_;       // (step s, step t), but for the last
   R *x_, *dy_, *z_, *out_;                    // (step, headdim)
   E* scaled_;                                 // likewise
-  R *xt_, *dyt_;                              // (headdim, step)
+  E* Ct_operand_;                             // (state, step)
+  E *xt_, *dyt_;                              // (headdim, step)
   R *D_, *dD_, *dA_, *dbias_;                 // (head, headdim), (head)
   R *S_, *dS_;                                // (state, headdim), (head, state, headdim)
   R *index_, *slope_, *through_, *from_output_, *into_state_, *d_weight_, *d_decay_;  // (step)
   R *sums_, *crossing_;                       // (step, lane)
   Plane next_x_, next_dy_, next_state_;
-  const E *B_operand_, *C_operand_, *dyt_operand_;
-  E *B_columns_ = nullptr, *C_columns_ = nullptr, *C_rows_ = nullptr, *Ct_rows_ = nullptr,
-    *GL_pairs_ = nullptr, *x_pairs_ = nullptr, *dy_pairs_ = nullptr, *xt_rows_ = nullptr,
-    *dyt_rows_ = nullptr, *state_pairs_ = nullptr;
+  const E *B_operand_, *C_operand_, *C_by_state_, *x_operand_;
+  E *B_columns_ = nullptr, *C_columns_ = nullptr, *C_rows_ = nullptr,
+    *GL_pairs_ = nullptr, *x_pairs_ = nullptr, *dy_pairs_ = nullptr, *state_pairs_ = nullptr;
 };
 
 template <class R, class E>

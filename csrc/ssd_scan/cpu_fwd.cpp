@@ -23,7 +23,7 @@ class Forward {
         decays_(p, scratch_) {
     constexpr int64_t kSteps = kTile + kMaxRows;
     for (R** x : {&B_, &C_}) *x = scratch_.take<R>(kSteps * state_pitch_);
-    Bt_ = scratch_.take<R>((p.state + kMaxRows) * kPitch);
+    Bt_ = scratch_.take<E>((p.state + kMaxRows) * kPitch);
     G_ = scratch_.take<R>(kSteps * kPitch);
     M_ = scratch_.take<E>(kSteps * kPitch / kDepthE);
     for (R** x : {&x_, &y_, &z_}) *x = scratch_.take<R>(kSteps * pitch_);
@@ -32,8 +32,7 @@ class Forward {
     D_ = scratch_.take<R>(p.heads_per_task * pitch_);
     S_ = scratch_.take<R>(p.heads_per_task * state_size_);
     if constexpr (!std::is_same_v<R, E>) {
-      for (E** x : {&C_pairs_, &B_pairs_}) *x = scratch_.take<E>(kSteps * state_pitch_);
-      Bt_pairs_ = scratch_.take<E>((p.state + kMaxRows) * kPitch);
+      for (E** x : {&C_pairs_, &B_pairs_, &B_columns_}) *x = scratch_.take<E>(kSteps * state_pitch_);
       x_pairs_ = scratch_.take<E>(kSteps * pitch_);
       S_pairs_ = scratch_.take<E>(p.heads_per_task * state_size_ / 2);
     }
@@ -97,15 +96,10 @@ class Forward {
                  pitch_);
     }
     if (p_.cell_states == nullptr) return;
-    R* to = static_cast<R*>(p_.cell_states) +
-            ((b * p_.cells() + piece.cell) * p_.heads + h) * p_.state * p_.headdim;
-    for (int64_t n = 0; n < p_.state; ++n) {
-      for (int64_t i = 0; i < p_.headdim; i += kLanes<R>) {
-        const int64_t left = p_.headdim - i;
-        store_first(to + n * p_.headdim + i, load(S + n * pitch_ + i),
-                    left < kLanes<R> ? int(left) : kLanes<R>);
-      }
-    }
+    const int64_t at = (b * p_.cells() + piece.cell) * p_.heads + h;
+    const Plane to = Plane{p_.cell_states, p_.cell_dtype(), 1, p_.headdim}.shifted(
+        at * p_.state * p_.headdim);
+    store_tile(to, int(p_.headdim), int(p_.state), S, pitch_);
   }
 
   void run_padding(int64_t b, const Piece& piece) {
@@ -120,10 +114,10 @@ class Forward {
     const int steps = piece.steps(), N = int(p_.state);
     load_projection<R>(p_, p_.B, b, heads_.group, piece, false, B_);
     load_projection<R>(p_, p_.C, b, heads_.group, piece, p_.shift_output, C_);
-    transpose_tile(B_, state_pitch_, steps, N, Bt_, kPitch);
     C_operand_ = paired_columns(C_, steps, state_pitch_, state_pitch_, C_pairs_);
     B_operand_ = paired_rows(B_, steps, state_pitch_, state_pitch_, B_pairs_);
-    const E* Bt = paired_rows(Bt_, N, padded<R>(steps), kPitch, Bt_pairs_);
+    const E* B = paired_columns(B_, steps, state_pitch_, state_pitch_, B_columns_);
+    const E* Bt = transposed<R>(B, steps, N, state_pitch_, Bt_, kPitch);
     const int C_pitch = state_pitch_ / kDepthE;
     for_blocks<1>(steps, padded<R>(steps) / kLanes<R>, [&](auto M, auto V, int t, int s) {
       if (s * kLanes<R> >= t + M()) return;
@@ -224,7 +218,8 @@ class Forward {
   bool state_is_zero_, state_is_wanted_;
   Scratch scratch_;
   Decays<R> decays_;
-  R *B_, *C_, *Bt_;      // (step, state), (state, step)
+  R *B_, *C_;            // (step, state)
+  E* Bt_;                // (state, step)
   R* G_;                 // (step t, step s)
   E* M_;                 // likewise
   R *x_, *y_, *z_;       // (step, headdim)
@@ -232,7 +227,7 @@ class Forward {
   R *diagonal_, *ends_;  // (step): the last number of each row of G, of M
   R *D_, *S_;            // (head, headdim), (head, state, headdim)
   const E *C_operand_, *B_operand_;
-  E *C_pairs_ = nullptr, *B_pairs_ = nullptr, *Bt_pairs_ = nullptr, *x_pairs_ = nullptr,
+  E *C_pairs_ = nullptr, *B_pairs_ = nullptr, *B_columns_ = nullptr, *x_pairs_ = nullptr,
     *S_pairs_ = nullptr;
 };
 

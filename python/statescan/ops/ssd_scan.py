@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from statescan import _C
 from statescan.ops import _register
 
 CHUNK = 64  # steps between two saved states
@@ -104,7 +105,8 @@ def ssd_scan(
         NotImplementedError: if there is no kernel for a dtype or a device.
 
     Memory: for the backward the inputs are kept, and S once every ``chunk_size`` steps (64 at most)
-    in float32: 4 * state / 64 bytes for each element of x. Nothing of size (seqlen, seqlen) or
+    in float32 (bfloat16 where factors are rounded to it): 4 * state / 64 bytes for each element of x,
+    or half of that. Nothing of size (seqlen, seqlen) or
     (seqlen, headdim, state) is ever allocated. The backward works in partial sums of dB and dC,
     8 * state bytes for each token, group and block of 8 heads of a group if there is more than one
     (of fewer heads in a batch of few sequences).
@@ -144,6 +146,15 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def _rounds_factors(compute: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether products are of bfloat16 numbers, and the states to be saved with them."""
+    return (
+        _C.isa() == "avx512_bf16"
+        and compute == torch.float32
+        and all(x.dtype == torch.bfloat16 for x in tensors)
+    )
+
+
 @torch.library.register_fake("statescan::ssd_scan_fwd")
 def _(
     x, dt, A, B, C, D, z, dt_bias, log_decay, initial_states, seq_idx, cu_seqlens, dt_softplus,
@@ -165,7 +176,8 @@ def _(
         x.new_empty((*slots, *one) if return_final_states else (0,), dtype=dtype),
         x.new_empty((batch, chunks, *one) if return_chunk_states else (0,), dtype=dtype),
         x.new_empty(
-            (batch, cells, heads, state, headdim) if save_cell_states else (0,), dtype=dtype
+            (batch, cells, heads, state, headdim) if save_cell_states else (0,),
+            dtype=torch.bfloat16 if _rounds_factors(dtype, x, B, C) else dtype,
         ),
     )
 
