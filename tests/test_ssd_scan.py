@@ -632,9 +632,7 @@ def test_opcheck():
         with torch.no_grad():
             *outputs, cells = fwd(*args)
             tensors = [x.detach() if x is not None else None for x in tensors]
-            torch.library.opcheck(
-                bwd, (*outputs, *tensors, cells, *flags(inputs, chunk=chunk))
-            )
+            torch.library.opcheck(bwd, (*outputs, *tensors, cells, *flags(inputs, chunk=chunk)))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -128,7 +128,8 @@ STATESCAN_INLINE void multiply_step(Block<float, kM, kN>& acc, const Pair* a, in
     const __m512i both = _mm512_set1_epi32(x);
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) {
-      acc.at[i][j] = (FloatVec)_mm512_dpbf16_ps((__m512)acc.at[i][j], (__m512bh)both, (__m512bh)v[j]);
+      acc.at[i][j] =
+          (FloatVec)_mm512_dpbf16_ps((__m512)acc.at[i][j], (__m512bh)both, (__m512bh)v[j]);
     }
   }
 }
@@ -209,8 +210,8 @@ STATESCAN_INLINE void multiply_triangle(Block<float, kM, kN>& acc, const Factors
 // itself is paired with zeros.
 template <class E, class R>
 STATESCAN_INLINE const E* paired_columns(const R* tile, [[maybe_unused]] int rows,
-                                          [[maybe_unused]] int columns,
-                                          [[maybe_unused]] int pitch, E* room) {
+                                         [[maybe_unused]] int columns, [[maybe_unused]] int pitch,
+                                         E* room) {
   if constexpr (std::is_same_v<E, R>) {
     return tile;
   } else {
@@ -266,8 +267,8 @@ STATESCAN_INLINE void store_columns(E* row, int c, Vec<R> v) {
 
 template <class E, class R>
 STATESCAN_INLINE const E* paired_rows(const R* tile, [[maybe_unused]] int rows,
-                                          [[maybe_unused]] int columns,
-                                          [[maybe_unused]] int pitch, E* room) {
+                                      [[maybe_unused]] int columns, [[maybe_unused]] int pitch,
+                                      E* room) {
   if constexpr (std::is_same_v<E, R>) {
     return tile;
   } else {

@@ -40,7 +40,8 @@ class Backward {
     if constexpr (std::is_same_v<R, E>) Ct_ = Ct_operand_;
     S_ = scratch_.take<R>(state_size_);
     dS_ = scratch_.take<R>(p.heads_per_task * state_size_);
-    for (R** x : {&index_, &slope_, &through_, &from_output_, &into_state_, &d_weight_, &d_decay_}) {
+    for (R** x :
+         {&index_, &slope_, &through_, &from_output_, &into_state_, &d_weight_, &d_decay_}) {
       *x = scratch_.take<R>(kNumbers);
     }
     for (R** x : {&sums_, &crossing_}) *x = scratch_.take<R>((kTile + kLanes<R>)*kLanes<R>);
@@ -313,7 +314,8 @@ class Backward {
     const E* x = scaled_rows(x_, decays_.weight, steps, pitch_, pitch_, scaled_);
     const E* C = C_by_state_;
     const E* GL = paired_rows(GL_, steps, wide, kPitch, GL_pairs_);
-    const E* S = S_is_zero_ ? nullptr : paired_rows(S_, int(p_.state), pitch_, pitch_, state_pairs_);
+    const E* S =
+        S_is_zero_ ? nullptr : paired_rows(S_, int(p_.state), pitch_, pitch_, state_pairs_);
     for_blocks(steps, pitch_ / kLanes<R>, [&](auto M, auto N, int t, int v) {
       const int p = v * kLanes<R>;
       Block<R, M(), N()> y;
@@ -506,21 +508,21 @@ class Backward {
   bool S_is_zero_, dS_is_zero_;
   Scratch scratch_;
   Decays<R> decays_;
-  R *B_, *C_;                                 // (step, state)
-  R *Bt_, *Ct_, *dBt_, *dCt_;                 // (state, step)
-  R *G_, *dG_, *V_, *GL_, *transposed_;       // (step s, step t), but for the last
-  R *x_, *dy_, *z_, *out_;                    // (step, headdim)
-  E* scaled_;                                 // likewise
-  E* Ct_operand_;                             // (state, step)
-  E *xt_, *dyt_;                              // (headdim, step)
-  R *D_, *dD_, *dA_, *dbias_;                 // (head, headdim), (head)
-  R *S_, *dS_;                                // (state, headdim), (head, state, headdim)
+  R *B_, *C_;                            // (step, state)
+  R *Bt_, *Ct_, *dBt_, *dCt_;            // (state, step)
+  R *G_, *dG_, *V_, *GL_, *transposed_;  // (step s, step t), but for the last
+  R *x_, *dy_, *z_, *out_;               // (step, headdim)
+  E* scaled_;                            // likewise
+  E* Ct_operand_;                        // (state, step)
+  E *xt_, *dyt_;                         // (headdim, step)
+  R *D_, *dD_, *dA_, *dbias_;            // (head, headdim), (head)
+  R *S_, *dS_;                           // (state, headdim), (head, state, headdim)
   R *index_, *slope_, *through_, *from_output_, *into_state_, *d_weight_, *d_decay_;  // (step)
-  R *sums_, *crossing_;                       // (step, lane)
+  R *sums_, *crossing_;  // (step, lane)
   Plane next_x_, next_dy_, next_state_;
   const E *B_operand_, *C_operand_, *C_by_state_, *x_operand_;
-  E *B_columns_ = nullptr, *C_columns_ = nullptr, *C_rows_ = nullptr,
-    *GL_pairs_ = nullptr, *x_pairs_ = nullptr, *dy_pairs_ = nullptr, *state_pairs_ = nullptr;
+  E *B_columns_ = nullptr, *C_columns_ = nullptr, *C_rows_ = nullptr, *GL_pairs_ = nullptr,
+    *x_pairs_ = nullptr, *dy_pairs_ = nullptr, *state_pairs_ = nullptr;
 };
 
 template <class R, class E>

@@ -32,7 +32,8 @@ class Forward {
     D_ = scratch_.take<R>(p.heads_per_task * pitch_);
     S_ = scratch_.take<R>(p.heads_per_task * state_size_);
     if constexpr (!std::is_same_v<R, E>) {
-      for (E** x : {&C_pairs_, &B_pairs_, &B_columns_}) *x = scratch_.take<E>(kSteps * state_pitch_);
+      for (E** x : {&C_pairs_, &B_pairs_, &B_columns_})
+        *x = scratch_.take<E>(kSteps * state_pitch_);
       x_pairs_ = scratch_.take<E>(kSteps * pitch_);
       S_pairs_ = scratch_.take<E>(p.heads_per_task * state_size_ / 2);
     }
@@ -97,8 +98,8 @@ class Forward {
     }
     if (p_.cell_states == nullptr) return;
     const int64_t at = (b * p_.cells() + piece.cell) * p_.heads + h;
-    const Plane to = Plane{p_.cell_states, p_.cell_dtype(), 1, p_.headdim}.shifted(
-        at * p_.state * p_.headdim);
+    const Plane to =
+        Plane{p_.cell_states, p_.cell_dtype(), 1, p_.headdim}.shifted(at * p_.state * p_.headdim);
     store_tile(to, int(p_.headdim), int(p_.state), S, pitch_);
   }
 

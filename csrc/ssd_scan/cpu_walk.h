@@ -57,12 +57,17 @@ STATESCAN_INLINE Piece piece_at(const Problem& p, const Segment& s, int64_t i) {
   const int64_t chunk_end = chunk_begin + p.chunk < p.seqlen ? chunk_begin + p.chunk : p.seqlen;
   const int64_t cell_begin = chunk_begin + cell % p.cells_per_chunk() * p.cell();
   const int64_t cell_end = cell_begin + p.cell() < chunk_end ? cell_begin + p.cell() : chunk_end;
-  Piece piece{cell_begin > s.begin ? cell_begin : s.begin, cell_end < s.end ? cell_end : s.end,
-              chunk, cell, i == 0, false, false, false};
+  Piece piece{cell_begin > s.begin ? cell_begin : s.begin,
+              cell_end < s.end ? cell_end : s.end,
+              chunk,
+              cell,
+              i == 0,
+              false,
+              false,
+              false};
   piece.last = p.reverse ? piece.begin == s.begin : piece.end == s.end;
   piece.entry = p.reverse ? piece.end == cell_end : piece.begin == cell_begin;
-  piece.chunk_entry =
-      p.reverse ? piece.end == chunk_end : piece.begin == chunk_begin;
+  piece.chunk_entry = p.reverse ? piece.end == chunk_end : piece.begin == chunk_begin;
   return piece;
 }
 
@@ -213,8 +218,7 @@ class Decays {
     for (int t = 0; t < steps; t += kLanes<R>) {
       if (!p.has_dt) store(weight + t, 1 - Vec<R>{});
       store(row + t, exp2(load(row_high + t) + load(row_low + t)));
-      const Vec<R> left =
-          (last_high - load(high_ + 1 + t)) + (last_low - load(low_ + 1 + t));
+      const Vec<R> left = (last_high - load(high_ + 1 + t)) + (last_low - load(low_ + 1 + t));
       store(column + t, exp2(left));
     }
     for (int t = steps; t < whole_vectors; ++t) weight[t] = 0;
@@ -235,7 +239,7 @@ class Decays {
   R whole;
 
  private:
-  int shift_;  // 1: the output of row t is that of step t - 1
+  int shift_;       // 1: the output of row t is that of step t - 1
   R *high_, *low_;  // (1 + step), the first 0
 };
 

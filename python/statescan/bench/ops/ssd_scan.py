@@ -90,8 +90,8 @@ def naive(x: Inputs) -> Tensor:
 
 
 def naive_in_pieces(x: Inputs) -> Tensor:
-    """The reference, 64 steps at a time joined by the state. Autograd keeps the state of every step,
-    which is too much for a long sequence."""
+    """The reference, 64 steps at a time joined by the state. Autograd keeps the state of every
+    step, which is too much for a long sequence."""
     if "hydra" in x or x["x"].shape[1] <= 64:
         return naive(x)
     in_time = ("x", "dt", "log_decay", "B", "C")
