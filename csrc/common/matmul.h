@@ -1,11 +1,12 @@
-// Small matrix products out of first- and second-level cache, as blocks of rows by vectors that stay
-// in registers:
+// Small matrix products out of first- and second-level cache, as blocks of rows by vectors that
+// stay in registers:
 //
 //   acc[i][j] += sum over k of a[i, k] * b[k, vector j]
 //
 // a is read one number at a time and broadcast, by any two strides, so a transposed operand costs
-// nothing; b is read as whole vectors. Results wider than a block are walked by for_blocks. Padding is
-// the caller's: rows up to a multiple of kMaxRows may be computed, and what is in them is nobody's.
+// nothing; b is read as whole vectors. Results wider than a block are walked by for_blocks. Padding
+// is the caller's: rows up to a multiple of kMaxRows may be computed, and what is in them is
+// nobody's.
 //
 // An operand element is a number, or a Pair: two bfloat16 that are neighbours in k, for the
 // instruction that multiplies pairs and adds up in float32 at twice the rate.
@@ -28,9 +29,9 @@ inline constexpr int kDepth = std::is_same_v<E, Pair> ? 2 : 1;  // numbers of k 
 
 inline constexpr int kMaxRows = 16;  // of any block
 
-// Of a block as wide as kVectors: 16 sums in 32 registers, 8 in 16, enough to hide the latency of
-// a multiply-add twice over, and powers of two, which divide a tile evenly. Measured (Zen 5): 4x4, 8x2 and 6x4
-// within 4 %, at 98 % of the peak.
+// Of a block as wide as kVectors: 16 sums in 32 registers, 8 in 16, enough to hide the latency of a
+// multiply-add twice over, and powers of two, which divide a tile evenly. Measured (Zen 5): 4x4,
+// 8x2 and 6x4 within 4 %, at 98 % of the peak.
 template <int kVectors>
 inline constexpr int kBlockRows = (STATESCAN_VECTOR_BYTES == 64 ? 16 : 8) / kVectors;
 inline constexpr int kMaxVectors = STATESCAN_VECTOR_BYTES == 64 ? 4 : 2;
@@ -193,8 +194,8 @@ STATESCAN_INLINE void multiply_pair_triangle(Block<float, kM, kN>& acc, const Fa
   }
 }
 
-// Where the numbers of a row do not fill its pairs, ends[i] is its last one, and `tile` what the pairs
-// of b were rounded from.
+// Where the numbers of a row do not fill its pairs, ends[i] is its last one, and `tile` what the
+// pairs of b were rounded from.
 template <int kM, int kN>
 STATESCAN_INLINE void multiply_triangle(Block<float, kM, kN>& acc, const Factors<Pair>& left,
                                         const float* ends, const float* tile, int diagonal) {
@@ -203,7 +204,8 @@ STATESCAN_INLINE void multiply_triangle(Block<float, kM, kN>& acc, const Factors
 }
 #endif
 
-// ---- Operands from tiles of numbers: as they are, or rounded to pairs. `room` is written only then.
+// ---- Operands from tiles of numbers: as they are, or rounded to pairs. `room` is written only
+// then.
 
 // k along the columns of the tile: (row, k) -> (row, k / kDepth), pitch / kDepth from row to row.
 // k along its rows: (k, column) -> (k / kDepth, column). `rows` need not be even: a last row by
@@ -227,8 +229,9 @@ STATESCAN_INLINE const E* paired_columns(const R* tile, [[maybe_unused]] int row
   }
 }
 
-// k along the columns, from a tile that has it along its columns in rows that are wanted as columns:
-// (row, k) -> (k / kDepth, row). `columns` is the operand that paired_columns made of the tile.
+// k along the columns, from a tile that has it along its columns in rows that are wanted as
+// columns: (row, k) -> (k / kDepth, row). `columns` is the operand that paired_columns made of the
+// tile.
 template <class R, class E>
 STATESCAN_INLINE const E* transposed(const E* columns, int rows, int count, int pitch, E* out,
                                      int out_pitch) {

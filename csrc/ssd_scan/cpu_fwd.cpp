@@ -146,8 +146,8 @@ class Forward {
     if (!piece.last || state_is_wanted_) update(steps, S);
   }
 
-  // M, in whole vectors: what lies above the diagonal is not read. The decay to the last number of a
-  // row is 1.
+  // M, in whole vectors: what lies above the diagonal is not read. The decay to the last number of
+  // a row is 1.
   void mix_steps(int steps) {
     for (int t = 0; t < steps; ++t) {
       for (int s = 0; s <= t; s += kLanes<R>) {

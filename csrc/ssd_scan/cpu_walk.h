@@ -77,8 +77,9 @@ STATESCAN_INLINE int padded(int64_t count) {
   return int((count + kLanes<R> - 1) / kLanes<R>) * kLanes<R>;
 }
 
-// A tensor (batch, seqlen, head or group, ...) from the step that the scan walks first in the piece,
-// `steps_before` steps earlier in its order, with steps as time and the last dimension as rows.
+// A tensor (batch, seqlen, head or group, ...) from the step that the scan walks first in the
+// piece, `steps_before` steps earlier in its order, with steps as time and the last dimension as
+// rows.
 STATESCAN_INLINE Plane scan_plane(const Problem& p, const View<4>& x, int64_t batch, int64_t head,
                                   const Piece& piece, int steps_before = 0) {
   const int64_t step = p.reverse ? -1 : 1;
@@ -109,8 +110,8 @@ STATESCAN_INLINE Plane state_plane(const View<5>& x, int64_t batch, int64_t chun
       batch * x.stride[0] + chunk * x.stride[1] + head * x.stride[2]);
 }
 
-// The piece after this one in the order of the scan, or before it (step = -1), if its segment has one
-// and as if it were as long: to ask for its cache lines.
+// The piece after this one in the order of the scan, or before it (step = -1), if its segment has
+// one and as if it were as long: to ask for its cache lines.
 STATESCAN_INLINE Piece neighbour(const Problem& p, const Piece& piece, int step) {
   Piece next = piece;
   const int64_t by = (p.reverse ? -step : step) * int64_t(piece.steps());
@@ -130,8 +131,8 @@ STATESCAN_INLINE R load_or(const View<1>& x, int64_t i, R absent) {
   return x ? load_scalar<R>(x.dtype, x.data, i * x.stride[0]) : absent;
 }
 
-// B or C of a piece as tile[t][n], rows beyond the last one clear up to a block's. With `shift`, row t
-// holds step t - 1; before the first step of a segment there is none, and its row is 0.
+// B or C of a piece as tile[t][n], rows beyond the last one clear up to a block's. With `shift`,
+// row t holds step t - 1; before the first step of a segment there is none, and its row is 0.
 template <class R>
 STATESCAN_INLINE void load_projection(const Problem& p, const View<4>& x, int64_t batch,
                                       int64_t group, const Piece& piece, bool shift, R* tile) {
