@@ -43,8 +43,9 @@ void check_decay(const Operands& x, const Problem& p) {
   }
   if (x.dt || x.A || x.dt_bias || x.dt_softplus || p.dt_min != 0 ||
       p.dt_max != std::numeric_limits<double>::infinity()) {
-    fail("log_decay takes the place of dt and A: dt, A, dt_bias, dt_softplus and dt_limit must be "
-         "left out");
+    fail(
+        "log_decay takes the place of dt and A: dt, A, dt_bias, dt_softplus and dt_limit must be "
+        "left out");
   }
   check_shape("log_decay", *x.log_decay, "(batch, seqlen, head)", {p.batch, p.seqlen, p.heads});
 }
@@ -86,7 +87,8 @@ Problem check(const Operands& x) {
                              {"log_decay", pointer(x.log_decay)},
                              {"initial_states", pointer(x.initial_states)}});
   const auto is_bfloat16 = [](const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; };
-  p.bfloat16 = is_bfloat16(x.x) && is_bfloat16(x.B) && is_bfloat16(x.C);
+  p.bfloat16 = isa() == Isa::kAvx512Bf16 && p.compute == DType::kFloat32 && is_bfloat16(x.x) &&
+               is_bfloat16(x.B) && is_bfloat16(x.C);
   return p;
 }
 
@@ -155,12 +157,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ssd_scan_fwd(
     const OptionalTensor& dt_bias, const OptionalTensor& log_decay,
     const OptionalTensor& initial_states, const OptionalTensor& seq_idx,
     const OptionalTensor& cu_seqlens, bool dt_softplus, double dt_min, double dt_max, bool reverse,
-    bool shift_output, int64_t chunk, std::optional<ScalarType> out_dtype,
-    bool return_final_states, bool return_chunk_states, bool save_cell_states) {
+    bool shift_output, int64_t chunk, std::optional<ScalarType> out_dtype, bool return_final_states,
+    bool return_chunk_states, bool save_cell_states) {
   const OptionalTensor h0 = contiguous(initial_states);
-  const Operands in{x,  dt,      A,          B,           C,      D,      z,       dt_bias,
-                    log_decay, h0, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, reverse,
-                    shift_output, chunk};
+  const Operands in{
+      x,  dt,      A,          B,           C,      D,      z,       dt_bias,      log_decay,
+      h0, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, reverse, shift_output, chunk};
   FwdParams p{};
   static_cast<Problem&>(p) = check(in);
   const Sequences found = find_sequences(in, p);
@@ -168,19 +170,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ssd_scan_fwd(
   fill(p, in);
   if (h0) p.initial_state = slot_view("initial_states", *h0);
   // How many heads share a task does not show in the forward's result.
-  p.heads_per_task =
-      heads_per_task(p, found.segments.rows(), 2 * torch::stable::get_num_threads());
+  p.heads_per_task = heads_per_task(p, found.segments.rows(), 2 * torch::stable::get_num_threads());
 
   const ScalarType compute = scalar_type(p.compute);
   Tensor y = empty_like(x, out_dtype ? *out_dtype : x.scalar_type());
-  Tensor final_states =
-      empty(x, return_final_states ? state_sizes(p, found) : Sizes{0}, compute);
+  Tensor final_states = empty(x, return_final_states ? state_sizes(p, found) : Sizes{0}, compute);
   Tensor chunk_states = empty(
       x, return_chunk_states ? Sizes{p.batch, p.chunks(), p.heads, p.headdim, p.state} : Sizes{0},
       compute);
-  Tensor cell_states = empty(
-      x, save_cell_states ? Sizes{p.batch, p.cells(), p.heads, p.state, p.headdim} : Sizes{0},
-      compute);
+  Tensor cell_states =
+      empty(x, save_cell_states ? Sizes{p.batch, p.cells(), p.heads, p.state, p.headdim} : Sizes{0},
+            scalar_type(p.cell_dtype()));
   p.y = view<4>("out_dtype", y);
   if (return_final_states) p.last_state = slot_view("final_states", final_states);
   if (return_chunk_states) p.chunk_states = view<5>("chunk_states", chunk_states);
@@ -234,8 +234,8 @@ View<5> parts_view(const Tensor& partial, const Tensor& out) {
   return v;
 }
 
-using BwdResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                             Tensor>;
+using BwdResult =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 BwdResult ssd_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dfinal_states,
                        const OptionalTensor& dchunk_states, const Tensor& x,
@@ -247,9 +247,9 @@ BwdResult ssd_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dfinal_st
                        bool dt_softplus, double dt_min, double dt_max, bool reverse,
                        bool shift_output, int64_t chunk) {
   const OptionalTensor h0 = contiguous(initial_states), dlast = contiguous(dfinal_states);
-  const Operands in{x,  dt,      A,          B,           C,      D,      z,       dt_bias,
-                    log_decay, h0, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, reverse,
-                    shift_output, chunk};
+  const Operands in{
+      x,  dt,      A,          B,           C,      D,      z,       dt_bias,      log_decay,
+      h0, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, reverse, shift_output, chunk};
   BwdParams p{};
   static_cast<Problem&>(p) = check(in);
   const Sequences found = find_sequences(in, p);
@@ -257,6 +257,9 @@ BwdResult ssd_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dfinal_st
   fill(p, in);
   check_shape("cell_states", cell_states, "(batch, cell, head, state, headdim)",
               {p.batch, p.cells(), p.heads, p.state, p.headdim});
+  if (float_dtype("cell_states", cell_states) != p.cell_dtype()) {
+    fail("cell_states must be of the dtype that the forward saved");
+  }
   if (dy) check_shape("dy", *dy, "(batch, seqlen, head, headdim)", sizes_of(x));
   if (dlast) check_shape("dfinal_states", *dlast, "of final_states", state_sizes(p, found));
   if (dchunk_states) {

@@ -1,11 +1,12 @@
-// Small matrix products out of first- and second-level cache, as blocks of rows by vectors that stay
-// in registers:
+// Small matrix products out of first- and second-level cache, as blocks of rows by vectors that
+// stay in registers:
 //
 //   acc[i][j] += sum over k of a[i, k] * b[k, vector j]
 //
 // a is read one number at a time and broadcast, by any two strides, so a transposed operand costs
-// nothing; b is read as whole vectors. Results wider than a block are walked by for_blocks. Padding is
-// the caller's: rows up to a multiple of kMaxRows may be computed, and what is in them is nobody's.
+// nothing; b is read as whole vectors. Results wider than a block are walked by for_blocks. Padding
+// is the caller's: rows up to a multiple of kMaxRows may be computed, and what is in them is
+// nobody's.
 //
 // An operand element is a number, or a Pair: two bfloat16 that are neighbours in k, for the
 // instruction that multiplies pairs and adds up in float32 at twice the rate.
@@ -14,6 +15,7 @@
 #include <type_traits>
 
 #include "common/simd.h"
+#include "common/tile.h"
 
 namespace statescan {
 inline namespace STATESCAN_ISA {
@@ -27,9 +29,9 @@ inline constexpr int kDepth = std::is_same_v<E, Pair> ? 2 : 1;  // numbers of k 
 
 inline constexpr int kMaxRows = 16;  // of any block
 
-// Of a block as wide as kVectors: 16 sums in 32 registers, 8 in 16, enough to hide the latency of
-// a multiply-add twice over, and powers of two, which divide a tile evenly. Measured (Zen 5): 4x4, 8x2 and 6x4
-// within 4 %, at 98 % of the peak.
+// Of a block as wide as kVectors: 16 sums in 32 registers, 8 in 16, enough to hide the latency of a
+// multiply-add twice over, and powers of two, which divide a tile evenly. Measured (Zen 5): 4x4,
+// 8x2 and 6x4 within 4 %, at 98 % of the peak.
 template <int kVectors>
 inline constexpr int kBlockRows = (STATESCAN_VECTOR_BYTES == 64 ? 16 : 8) / kVectors;
 inline constexpr int kMaxVectors = STATESCAN_VECTOR_BYTES == 64 ? 4 : 2;
@@ -127,7 +129,8 @@ STATESCAN_INLINE void multiply_step(Block<float, kM, kN>& acc, const Pair* a, in
     const __m512i both = _mm512_set1_epi32(x);
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) {
-      acc.at[i][j] = (FloatVec)_mm512_dpbf16_ps((__m512)acc.at[i][j], (__m512bh)both, (__m512bh)v[j]);
+      acc.at[i][j] =
+          (FloatVec)_mm512_dpbf16_ps((__m512)acc.at[i][j], (__m512bh)both, (__m512bh)v[j]);
     }
   }
 }
@@ -159,8 +162,7 @@ struct Factors {
 // them in a is not read, so nothing of it reaches a row, not even a NaN.
 template <class R, int kM, int kN>
 STATESCAN_INLINE void multiply_triangle(Block<R, kM, kN>& acc, const Factors<R>& left,
-                                        const R* /*a*/, int64_t /*a_row*/, const R* /*b*/,
-                                        int diagonal) {
+                                        const R* /*ends*/, const R* /*tile*/, int diagonal) {
   const R *a = left.a, *b = left.b;
   if (diagonal) {
     multiply_step(acc, a, left.a_row, b);
@@ -174,11 +176,9 @@ STATESCAN_INLINE void multiply_triangle(Block<R, kM, kN>& acc, const Factors<R>&
 }
 
 #if defined(__AVX512BF16__)
-// The half of a pair that a row may end with is taken from the tiles that the pairs were rounded from:
-// a from its row t and column t on, b from its row t on, as far apart as its pairs.
 template <int kDiagonal, int kM, int kN>
 STATESCAN_INLINE void multiply_pair_triangle(Block<float, kM, kN>& acc, const Factors<Pair>& left,
-                                             const float* a, int64_t a_row, const float* b) {
+                                             const float* ends, const float* tile) {
 #pragma GCC unroll 8
   for (int k = 0; 2 * k + 2 - kDiagonal < kM; ++k) {
     multiply_step(acc, left.a + k * left.a_step, left.a_row, left.b + k * left.b_step,
@@ -186,33 +186,34 @@ STATESCAN_INLINE void multiply_pair_triangle(Block<float, kM, kN>& acc, const Fa
   }
 #pragma GCC unroll 8
   for (int i = 1 - kDiagonal; i < kM; i += 2) {
-    const int k = i + kDiagonal - 1;
-    const FloatVec x = splat(a[i * a_row + k]);
+    const FloatVec x = splat(ends[i]);
 #pragma GCC unroll 4
     for (int j = 0; j < kN; ++j) {
-      acc.at[i][j] += x * load(b + k * left.b_step + j * kLanes<float>);
+      acc.at[i][j] += x * load(tile + (i + kDiagonal - 1) * left.b_step + j * kLanes<float>);
     }
   }
 }
 
+// Where the numbers of a row do not fill its pairs, ends[i] is its last one, and `tile` what the
+// pairs of b were rounded from.
 template <int kM, int kN>
 STATESCAN_INLINE void multiply_triangle(Block<float, kM, kN>& acc, const Factors<Pair>& left,
-                                        const float* a, int64_t a_row, const float* b,
-                                        int diagonal) {
-  if (diagonal) return multiply_pair_triangle<1>(acc, left, a, a_row, b);
-  multiply_pair_triangle<0>(acc, left, a, a_row, b);
+                                        const float* ends, const float* tile, int diagonal) {
+  if (diagonal) return multiply_pair_triangle<1>(acc, left, ends, tile);
+  multiply_pair_triangle<0>(acc, left, ends, tile);
 }
 #endif
 
-// ---- Operands from tiles of numbers: as they are, or rounded to pairs. `room` is written only then.
+// ---- Operands from tiles of numbers: as they are, or rounded to pairs. `room` is written only
+// then.
 
 // k along the columns of the tile: (row, k) -> (row, k / kDepth), pitch / kDepth from row to row.
 // k along its rows: (k, column) -> (k / kDepth, column). `rows` need not be even: a last row by
 // itself is paired with zeros.
 template <class E, class R>
 STATESCAN_INLINE const E* paired_columns(const R* tile, [[maybe_unused]] int rows,
-                                          [[maybe_unused]] int columns,
-                                          [[maybe_unused]] int pitch, E* room) {
+                                         [[maybe_unused]] int columns, [[maybe_unused]] int pitch,
+                                         E* room) {
   if constexpr (std::is_same_v<E, R>) {
     return tile;
   } else {
@@ -228,6 +229,22 @@ STATESCAN_INLINE const E* paired_columns(const R* tile, [[maybe_unused]] int row
   }
 }
 
+// k along the columns, from a tile that has it along its columns in rows that are wanted as
+// columns: (row, k) -> (k / kDepth, row). `columns` is the operand that paired_columns made of the
+// tile.
+template <class R, class E>
+STATESCAN_INLINE const E* transposed(const E* columns, int rows, int count, int pitch, E* out,
+                                     int out_pitch) {
+  // A pair is moved as the 32 bits it has.
+  using Unit = std::conditional_t<std::is_same_v<E, R>, R, float>;
+  static_assert(sizeof(Unit) == sizeof(E));
+  constexpr DType type = sizeof(Unit) == 8 ? DType::kFloat64 : DType::kFloat32;
+  const Plane from{const_cast<E*>(columns), type, pitch / kDepth<E>, 1};
+  load_tile(from, rows, (count + kDepth<E> - 1) / kDepth<E>, reinterpret_cast<Unit*>(out),
+            out_pitch);
+  return out;
+}
+
 #if defined(__AVX512BF16__)
 // Lane i of the result is the pair (first[i], second[i]).
 STATESCAN_INLINE __m512i round_to_pairs(FloatVec first, FloatVec second) {
@@ -238,10 +255,23 @@ STATESCAN_INLINE __m512i round_to_pairs(FloatVec first, FloatVec second) {
 }
 #endif
 
+// The columns of one row, lanes [c, c + kLanes<R>).
+template <class R, class E>
+STATESCAN_INLINE void store_columns(E* row, int c, Vec<R> v) {
+  if constexpr (std::is_same_v<E, R>) {
+    store(row + c, v);
+  } else {
+#if defined(__AVX512BF16__)
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(row + c / 2, &rounded, sizeof(rounded));
+#endif
+  }
+}
+
 template <class E, class R>
 STATESCAN_INLINE const E* paired_rows(const R* tile, [[maybe_unused]] int rows,
-                                          [[maybe_unused]] int columns,
-                                          [[maybe_unused]] int pitch, E* room) {
+                                      [[maybe_unused]] int columns, [[maybe_unused]] int pitch,
+                                      E* room) {
   if constexpr (std::is_same_v<E, R>) {
     return tile;
   } else {
@@ -256,6 +286,45 @@ STATESCAN_INLINE const E* paired_rows(const R* tile, [[maybe_unused]] int rows,
 #endif
     return room;
   }
+}
+
+// The same of rows each multiplied by a number of its own, which are always written.
+template <class E, class R>
+STATESCAN_INLINE const E* scaled_rows(const R* tile, const R* by, int rows, int columns, int pitch,
+                                      E* room) {
+  for (int r = 0; r < rows; r += kDepth<E>) {
+    const R* row = tile + r * pitch;
+    for (int c = 0; c < columns; c += kLanes<R>) {
+      const Vec<R> scaled = load(row + c) * by[r];
+      if constexpr (std::is_same_v<E, R>) {
+        store(room + r * pitch + c, scaled);
+      } else {
+#if defined(__AVX512BF16__)
+        const FloatVec second = r + 1 < rows ? load(row + pitch + c) * by[r + 1] : FloatVec{};
+        _mm512_storeu_si512(room + r / 2 * pitch + c, round_to_pairs(scaled, second));
+#endif
+      }
+    }
+  }
+  return room;
+}
+
+// A block as rows of pairs (k, column), from an even row on.
+template <int kM, int kN, class R, class E>
+STATESCAN_INLINE void store_paired_rows([[maybe_unused]] const Block<R, kM, kN>& block,
+                                        [[maybe_unused]] E* out, [[maybe_unused]] int64_t pitch) {
+#if defined(__AVX512BF16__)
+  if constexpr (!std::is_same_v<E, R>) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kM; i += 2) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kN; ++j) {
+        _mm512_storeu_si512(out + i / 2 * pitch + j * kLanes<R>,
+                            round_to_pairs(block.at[i][j], block.at[i + 1][j]));
+      }
+    }
+  }
+#endif
 }
 
 }  // namespace STATESCAN_ISA

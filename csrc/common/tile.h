@@ -116,13 +116,27 @@ void load_lanes(const Plane& x, int rows, int steps, R* tile, int pitch, int64_t
   }
 }
 
+// The rows that are neighbours in memory and fill whole vectors, if more than one. A time step's are
+// taken together: where steps lie a multiple of a page or so apart, cache lines do not stay for long.
+template <class R>
+STATESCAN_INLINE int whole_runs(const Plane& x, int rows) {
+  return x.row_stride == 1 && rows >= 2 * kLanes<R> ? rows / kLanes<R> * kLanes<R> : 0;
+}
+
 // Any number of rows, kLanes at a time; pitch as tile_pitch(rows), or more whole vectors.
 template <class R>
 void load_tile(const Plane& x, int rows, int steps, R* tile, int pitch, int64_t row_repeat = 1,
                int64_t row_phase = 0) {
   with_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for (int r = 0; r < rows; r += kLanes<R>) {
+    const int whole = row_repeat == 1 && row_phase == 0 ? whole_runs<R>(x, rows) : 0;
+    for (int t = 0; t < (whole ? steps : 0); ++t) {
+      const T* run = static_cast<const T*>(x.data) + t * x.time_stride;
+      for (int r = 0; r < whole; r += kLanes<R>) {
+        store(tile + t * pitch + r, load_convert<R>(run + r));
+      }
+    }
+    for (int r = whole; r < rows; r += kLanes<R>) {
       const int count = rows - r < kLanes<R> ? rows - r : kLanes<R>;
       const int64_t phase = row_phase + r;
       const Plane part = x.at(phase / row_repeat, 0);
@@ -166,7 +180,14 @@ template <class R>
 void store_tile(const Plane& x, int rows, int steps, const R* tile, int pitch) {
   with_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for (int r = 0; r < rows; r += kLanes<R>) {
+    const int whole = whole_runs<R>(x, rows);
+    for (int t = 0; t < (whole ? steps : 0); ++t) {
+      T* run = static_cast<T*>(x.data) + t * x.time_stride;
+      for (int r = 0; r < whole; r += kLanes<R>) {
+        store_convert<R>(run + r, load(tile + t * pitch + r));
+      }
+    }
+    for (int r = whole; r < rows; r += kLanes<R>) {
       const int count = rows - r < kLanes<R> ? rows - r : kLanes<R>;
       store_lanes<R, T>(x.at(r, 0), count, steps, tile + r, pitch);
     }

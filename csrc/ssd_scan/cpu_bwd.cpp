@@ -1,8 +1,10 @@
-// Backward of the SSD scan on the CPU: pieces from the last to the first, each from the state that the
-// forward saved at its cell. See cpu_walk.h for who does what, docs/ssd_scan.md for the derivation.
+// Backward of the SSD scan on the CPU: pieces from the last to the first, each from the state that
+// the forward saved at its cell. See cpu_walk.h for who does what, docs/ssd_scan.md for the
+// derivation.
 //
-// Most products have steps in their lanes, so that what is summed over the heads, and what the decays
-// need of each step, is summed by whole vectors. With dS the gradient of the state after the piece:
+// Most products have steps in their lanes, so that what is summed over the heads, and what the
+// decays need of each step, is summed by whole vectors. With dS the gradient of the state after the
+// piece:
 //
 //   V[s, t]  = <x[s], dy[t]>,   L[s, t] = between(t, s),   GL = G L          for t from s on
 //   dG[s, t] += V L w_s                                    summed over the heads of the task
@@ -10,7 +12,7 @@
 //   dB[n, s] += column[s] w_s <dS[n], x[s]> + sum over t of C[t, n] dG[s, t]
 //   dx[s]    = w_s (column[s] B[s] dS + sum over t of GL[s, t] dy[t]) + D dy[s]
 //   dS       = whole dS + sum over t of C[t]^T row[t] dy[t]                  for the piece before
-#include "ssd_scan/cpu_walk.h"
+#include "ssd_scan/cpu_decay_gradient.h"
 
 namespace statescan::ssd_scan {
 namespace STATESCAN_ISA {
@@ -25,33 +27,28 @@ class Backward {
         pitch_(padded<R>(p.headdim)),
         state_size_((p.state + kMaxRows) * pitch_),
         scratch_(memory),
-        decays_(p, scratch_) {
-    constexpr int64_t kSteps = kTile + kMaxRows, kNumbers = kTile + 2 * 16;
+        decays_(p, scratch_),
+        changes_(p, scratch_) {
+    constexpr int64_t kSteps = kTile + kMaxRows;
     const int64_t states = (p.state + kMaxRows) * kPitch, across = kSteps * kPitch;
     for (R** x : {&B_, &C_}) *x = scratch_.take<R>(kSteps * state_pitch_);
     for (R** x : {&Ct_, &Bt_, &dCt_, &dBt_}) *x = scratch_.take<R>(states);
     for (R** x : {&G_, &dG_, &V_, &GL_, &transposed_}) *x = scratch_.take<R>(across);
-    for (R** x : {&x_, &dy_, &z_, &scaled_, &out_}) *x = scratch_.take<R>(kSteps * pitch_);
-    for (R** x : {&xt_, &dyt_}) *x = scratch_.take<R>((p.headdim + kMaxRows) * kPitch);
+    for (R** x : {&x_, &dy_, &z_, &out_}) *x = scratch_.take<R>(kSteps * pitch_);
+    scaled_ = scratch_.take<E>(kSteps * pitch_);
+    for (E** x : {&xt_, &dyt_}) *x = scratch_.take<E>((p.headdim + kMaxRows) * kPitch);
     for (R** x : {&D_, &dD_}) *x = scratch_.take<R>(p.heads_per_task * pitch_);
     for (R** x : {&dA_, &dbias_}) *x = scratch_.take<R>(p.heads_per_task);
+    Ct_operand_ = scratch_.take<E>(states);
+    if constexpr (std::is_same_v<R, E>) Ct_ = Ct_operand_;
     S_ = scratch_.take<R>(state_size_);
     dS_ = scratch_.take<R>(p.heads_per_task * state_size_);
-    for (R** x : {&index_, &slope_, &through_, &from_output_, &into_state_, &d_weight_, &d_decay_}) {
-      *x = scratch_.take<R>(kNumbers);
-    }
-    for (R** x : {&sums_, &crossing_}) *x = scratch_.take<R>((kTile + kLanes<R>)*kLanes<R>);
-    for (int i = 0; i < kTile; ++i) index_[i] = R(i);
     if constexpr (!std::is_same_v<R, E>) {
       for (E** x : {&B_columns_, &C_columns_, &C_rows_}) {
         *x = scratch_.take<E>(kSteps * state_pitch_);
       }
-      Ct_rows_ = scratch_.take<E>(states);
       GL_pairs_ = scratch_.take<E>(across);
       for (E** x : {&x_pairs_, &dy_pairs_}) *x = scratch_.take<E>(kSteps * pitch_);
-      for (E** x : {&xt_rows_, &dyt_rows_}) {
-        *x = scratch_.take<E>((p.headdim + kMaxRows) * kPitch);
-      }
       state_pairs_ = scratch_.take<E>(state_size_);
     }
   }
@@ -133,21 +130,21 @@ class Backward {
   void run_padding(int64_t b, const Piece& piece) {
     const int steps = piece.steps();
     clear(out_, steps * pitch_);
-    clear(d_decay_, steps);
+    changes_.begin(steps);
     clear(dBt_, p_.state * kPitch);
     for_heads([&](int64_t h, int, R*) {
       for (const View<4>* x : {&p_.dx, &p_.dz}) {
         if (!*x) continue;
         store_tile(scan_plane(p_, *x, b, h, piece), int(p_.headdim), steps, out_, pitch_);
       }
-      store_tile(scan_plane(p_, p_.ddt, b, h, piece), 1, steps, d_decay_, 1);
+      store_tile(scan_plane(p_, p_.ddt, b, h, piece), 1, steps, changes_.into_state, 1);
     });
     store_projection(p_.dB, b, piece, false, dBt_);
     store_projection(p_.dC, b, piece, false, dBt_);
   }
 
-  // What dB or dC is of this task, at the piece's steps. With `shift`, column t is the gradient of C
-  // at step t - 1; that of the last step of a segment is 0.
+  // What dB or dC is of this task, at the piece's steps. With `shift`, column t is the gradient of
+  // C at step t - 1; that of the last step of a segment is 0.
   void store_projection(const View<5>& x, int64_t b, const Piece& piece, bool shift,
                         const R* tile) {
     const View<4> part{x.data, x.dtype, {x.stride[1], x.stride[2], x.stride[3], x.stride[4]}};
@@ -175,13 +172,14 @@ class Backward {
     load_projection<R>(p_, p_.B, b, heads_.group, piece, false, B_);
     load_projection<R>(p_, p_.C, b, heads_.group, piece, p_.shift_output, C_);
     transpose_tile(B_, state_pitch_, steps, N, Bt_, kPitch);
-    transpose_tile(C_, state_pitch_, steps, N, Ct_, kPitch);
+    if (!std::is_same_v<R, E>) transpose_tile(C_, state_pitch_, steps, N, Ct_, kPitch);
     clear(dBt_, N * kPitch);
     clear(dCt_, N * kPitch);
     clear(dG_, kTile * kPitch);
     B_operand_ = paired_columns(B_, steps, state_pitch_, state_pitch_, B_columns_);
     C_operand_ = paired_rows(C_, steps, state_pitch_, state_pitch_, C_rows_);
-    const E* Ct = paired_rows(Ct_, N, wide, kPitch, Ct_rows_);
+    C_by_state_ = paired_columns(C_, steps, state_pitch_, state_pitch_, C_columns_);
+    const E* Ct = transposed<R>(C_by_state_, steps, N, state_pitch_, Ct_operand_, kPitch);
     const int B_pitch = state_pitch_ / kDepthE;
     for_blocks<1>(steps, wide / kLanes<R>, [&](auto M, auto V, int s, int t) {
       if ((t + 1) * kLanes<R> <= s) return;
@@ -197,22 +195,37 @@ class Backward {
     const int steps = piece.steps(), P = int(p_.headdim);
     const R A = load_or<R>(p_.A, h, 0);
     load_tile(scan_plane(p_, p_.dt, b, h, piece), 1, steps, decays_.weight, 1);
-    decays_.find(p_, A, load_or<R>(p_.dt_bias, h, 0), steps, slope_);
+    decays_.find(p_, A, load_or<R>(p_.dt_bias, h, 0), steps, changes_.slope);
+    changes_.begin(steps);
+    const bool more = h + 1 < heads_.end;
+    expect(b, more ? piece : neighbour(p_, piece, -1), more ? h + 1 : heads_.begin);
     load_head(b, piece, h);
     if (!S_is_zero_) load_state(segment, piece, h);
 
     score(steps);
-    through_steps(steps);
+    changes_.through_steps(decays_, steps, V_, G_, GL_, dG_);
     if (p_.z) gate_gradient(b, piece, h, D_ + i * pitch_);
-    clear(from_output_, padded<R>(steps));
-    clear(into_state_, padded<R>(steps));
     if (!S_is_zero_) output_gradient(steps);
     if (!dS_is_zero_) state_gradient(steps, dS);
     input_gradient(steps, dS, D_ + i * pitch_, dD_ + i * pitch_);
     store_tile(scan_plane(p_, p_.dx, b, h, piece), P, steps, out_, pitch_);
-    decay_gradient(steps, A, i, S_is_zero_ || dS_is_zero_ ? R(0) : decays_.whole * dot(S_, dS));
-    store_tile(scan_plane(p_, p_.ddt, b, h, piece), 1, steps, d_decay_, 1);
+    const R held =
+        S_is_zero_ || dS_is_zero_ ? R(0) : decays_.whole * dot(S_, dS, p_.state * pitch_);
+    const R* ddt = changes_.finish(p_, decays_, steps, A, held, dA_[i], dbias_[i]);
+    store_tile(scan_plane(p_, p_.ddt, b, h, piece), 1, steps, ddt, 1);
     if (!S_is_zero_) previous_state_gradient(steps, dS);
+  }
+
+  // What will be read after this head is asked for while this one is computed.
+  void expect(int64_t b, const Piece& piece, int64_t h) {
+    next_x_ = scan_plane(p_, p_.x, b, h, piece);
+    next_dy_ = p_.dy ? scan_plane(p_, p_.dy, b, h, piece) : Plane{};
+    next_state_ = piece.first ? Plane{} : saved_state(b, cell_at(p_, piece.begin), h);
+  }
+
+  Plane saved_state(int64_t b, int64_t cell, int64_t h) const {
+    return Plane{const_cast<void*>(p_.cell_states), p_.cell_dtype(), 1, p_.headdim}.shifted(
+        ((b * p_.cells() + cell) * p_.heads + h) * p_.state * p_.headdim);
   }
 
   // x and dy, the latter before the gate, as (step, headdim) and (headdim, step).
@@ -232,9 +245,10 @@ class Backward {
         store(z_ + i, dout * silu_slope(z, gate));
       }
     }
-    transpose_tile(x_, pitch_, steps, P, xt_, kPitch);
-    transpose_tile(dy_, pitch_, steps, P, dyt_, kPitch);
-    dyt_operand_ = paired_rows(dyt_, P, padded<R>(steps), kPitch, dyt_rows_);
+    x_operand_ = paired_columns(x_, steps, pitch_, pitch_, x_pairs_);
+    const E* dy = paired_columns(dy_, steps, pitch_, pitch_, dy_pairs_);
+    transposed<R>(x_operand_, steps, P, pitch_, xt_, kPitch);
+    transposed<R>(dy, steps, P, pitch_, dyt_, kPitch);
   }
 
   void load_state(const Segment& segment, const Piece& piece, int64_t h) {
@@ -242,71 +256,31 @@ class Backward {
     if (piece.first) {
       from = state_plane(p_.initial_state, segment.initial_slot, h);
     } else {
-      const int64_t cell = segment.batch * p_.cells() + piece.cell;
-      from = Plane{const_cast<void*>(p_.cell_states), p_.compute, 1, p_.headdim}.shifted(
-          (cell * p_.heads + h) * p_.state * p_.headdim);
+      from = saved_state(segment.batch, piece.cell, h);
     }
     load_tile(from, int(p_.headdim), int(p_.state), S_, pitch_);
   }
 
   // V
   void score(int steps) {
-    const E* x = paired_columns(x_, steps, pitch_, pitch_, x_pairs_);
     const int x_pitch = pitch_ / kDepthE;
     for_blocks<1>(steps, padded<R>(steps) / kLanes<R>, [&](auto M, auto N, int s, int t) {
       if ((t + 1) * kLanes<R> <= s) return;
       Block<R, M(), N()> V;
-      multiply(V, x + s * x_pitch, x_pitch, 1, dyt_operand_ + t * kLanes<R>, kPitch,
+      multiply(V, x_operand_ + s * x_pitch, x_pitch, 1, dyt_ + t * kLanes<R>, kPitch,
                (int(p_.headdim) + kDepthE - 1) / kDepthE);
       V.store_to(V_ + s * kPitch + t * kLanes<R>, kPitch);
     });
   }
 
-  // GL and dG; what d_weight gets through the outputs of the piece; and for each step s the gradient
-  // that crosses from it to the next, the sum over t > s and s' <= s of V GL w.
-  void through_steps(int steps) {
-    const int wide = padded<R>(steps), shift = p_.shift_output ? 1 : 0;
-    clear(through_, wide);
-    for (int s = 0; s < steps; ++s) {
-      const R weight = decays_.weight[s];
-      Vec<R> sum{}, crossing{};
-      for (int t = s / kMaxRows * kMaxRows; t < wide; t += kLanes<R>) {
-        const int at = s * kPitch + t;
-        const Vec<R> index = load(index_ + t), zero{};
-        const auto from_s = index >= R(s + shift), after_s = index >= R(s + shift + 1);
-        const Vec<R> L = from_s ? decays_.between_rows(t, s) : zero;
-        const Vec<R> V = from_s ? load(V_ + at) : zero, GL = from_s ? load(G_ + at) * L : zero;
-        store(GL_ + at, GL);
-        store(dG_ + at, load(dG_ + at) + V * L * weight);
-        const Vec<R> share = V * GL, through = load(through_ + t) + share * weight;
-        store(through_ + t, through);
-        sum += share;
-        crossing += after_s ? through : zero;
-      }
-      store(sums_ + s * kLanes<R>, sum);
-      store(crossing_ + s * kLanes<R>, crossing);
-    }
-    for (int s = 0; s < steps; s += kLanes<R>) {
-      Vec<R> held[kLanes<R>];
-      for (int i = 0; i < kLanes<R>; ++i) held[i] = load(sums_ + (s + i) * kLanes<R>);
-      store(d_weight_ + s, sum_lanes<R>(held));
-      for (int i = 0; i < kLanes<R>; ++i) held[i] = load(crossing_ + (s + i) * kLanes<R>);
-      store(through_ + s, sum_lanes<R>(held));
-    }
-  }
-
   // y once more, for dz.
   void gate_gradient(int64_t b, const Piece& piece, int64_t h, const R* D) {
     const int steps = piece.steps(), wide = padded<R>(steps), C_pitch = state_pitch_ / kDepthE;
-    for (int s = 0; s < steps; ++s) {
-      for (int p = s * pitch_; p < (s + 1) * pitch_; p += kLanes<R>) {
-        store(scaled_ + p, load(x_ + p) * decays_.weight[s]);
-      }
-    }
-    const E* x = paired_rows(scaled_, steps, pitch_, pitch_, x_pairs_);
-    const E* C = paired_columns(C_, steps, state_pitch_, state_pitch_, C_columns_);
+    const E* x = scaled_rows(x_, decays_.weight, steps, pitch_, pitch_, scaled_);
+    const E* C = C_by_state_;
     const E* GL = paired_rows(GL_, steps, wide, kPitch, GL_pairs_);
-    const E* S = S_is_zero_ ? nullptr : paired_rows(S_, int(p_.state), pitch_, pitch_, state_pairs_);
+    const E* S =
+        S_is_zero_ ? nullptr : paired_rows(S_, int(p_.state), pitch_, pitch_, state_pairs_);
     for_blocks(steps, pitch_ / kLanes<R>, [&](auto M, auto N, int t, int v) {
       const int p = v * kLanes<R>;
       Block<R, M(), N()> y;
@@ -332,49 +306,14 @@ class Backward {
   // dC through the state before the piece, and <row[t] C[t] S, dy[t]>.
   void output_gradient(int steps) {
     const E* S = paired_columns(S_, int(p_.state), pitch_, pitch_, state_pairs_);
-    project(steps, S, dyt_operand_, Ct_, decays_.row, nullptr, dCt_, from_output_);
+    project<R>(p_, steps, S, dyt_, Ct_, decays_.row, nullptr, dCt_, changes_.from_output);
   }
 
   // dB through the state after the piece, and column[s] <B[s] dS, x[s]>.
   void state_gradient(int steps, const R* dS) {
-    const E* xt = paired_rows(xt_, int(p_.headdim), padded<R>(steps), kPitch, xt_rows_);
     const E* dS_operand = paired_columns(dS, int(p_.state), pitch_, pitch_, state_pairs_);
-    project(steps, dS_operand, xt, Bt_, decays_.column, decays_.weight, dBt_, into_state_);
-  }
-
-  // With Q[n, t] = scale[t] <state[n], vectors[t]>: sums[n, t] += weight[t] Q[n, t] and
-  // products[t] += sum over n of partner[n, t] Q[n, t].
-  void project(int steps, const E* state, const E* vectors, const R* partner, const R* scale,
-               const R* weight, R* sums, R* products) {
-    const int state_row = pitch_ / kDepthE, N = int(p_.state);
-    for_blocks(N, padded<R>(steps) / kLanes<R>, [&](auto M, auto V, int n, int v) {
-      const int t = v * kLanes<R>;
-      Block<R, M(), V()> Q;
-      multiply(Q, state + n * state_row, state_row, 1, vectors + t, kPitch,
-               (int(p_.headdim) + kDepthE - 1) / kDepthE);
-      add_projection(Q, N - n, partner + n * kPitch + t, scale + t,
-                     weight == nullptr ? nullptr : weight + t, sums + n * kPitch + t, products + t);
-    });
-  }
-
-  // The above for one block of <state[n], vectors[t]>, of which the first `rows` rows count.
-  template <int kM, int kN>
-  STATESCAN_INLINE void add_projection(const Block<R, kM, kN>& Q, int rows, const R* partner,
-                                       const R* scale, const R* weight, R* sums, R* products) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kN; ++j) {
-      const int at = j * kLanes<R>;
-      const Vec<R> by = load(scale + at), shared = weight == nullptr ? by : by * load(weight + at);
-      Vec<R> product{};
-#pragma GCC unroll 16
-      for (int i = 0; i < kM; ++i) {
-        if (i < rows) {
-          product += load(partner + i * kPitch + at) * Q.at[i][j];
-          store(sums + i * kPitch + at, load(sums + i * kPitch + at) + shared * Q.at[i][j]);
-        }
-      }
-      store(products + at, load(products + at) + by * product);
-    }
+    project<R>(p_, steps, dS_operand, xt_, Bt_, decays_.column, decays_.weight, dBt_,
+               changes_.into_state);
   }
 
   void input_gradient(int steps, const R* dS, const R* D, R* dD) {
@@ -385,7 +324,11 @@ class Backward {
     const E* dS_operand =
         dS_is_zero_ ? nullptr : paired_rows(dS, int(p_.state), pitch_, pitch_, state_pairs_);
     for_blocks(steps, pitch_ / kLanes<R>, [&](auto M, auto N, int s, int v) {
-      const int p = v * kLanes<R>;
+      const int p = v * kLanes<R>, left = steps - s < M() ? steps - s : M();
+      if (v == 0) {
+        prefetch_tile(next_x_.at(0, s), int(p_.headdim), left);
+        if (next_dy_.data) prefetch_tile(next_dy_.at(0, s), int(p_.headdim), left);
+      }
       Block<R, M(), N()> dx;
       if (!dS_is_zero_) {
         multiply(dx, B_operand_ + s * B_pitch, B_pitch, 1, dS_operand + p, pitch_,
@@ -407,56 +350,13 @@ class Backward {
     }
   }
 
-  R dot(const R* a, const R* b) const {
-    Vec<R> sums[4] = {};
-    const int64_t count = p_.state * pitch_;
-    int64_t i = 0;
-    for (; i + 4 * kLanes<R> <= count; i += 4 * kLanes<R>) {
-      for (int j = 0; j < 4; ++j) {
-        sums[j] += load(a + i + j * kLanes<R>) * load(b + i + j * kLanes<R>);
-      }
-    }
-    for (; i < count; i += kLanes<R>) sums[0] += load(a + i) * load(b + i);
-    return sum_lanes_of<R>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  }
-
-  // The logarithm of step r's decay is in every term that goes from before r to r or after it: from
-  // step to step (through_), from the state before the piece to an output (from_output_), from a step
-  // into the state after the piece (into_state_), and from one state to the other (`held`). All are
-  // sums of such terms alone: nothing is added that has to cancel.
-  void decay_gradient(int steps, R A, int i, R held) {
-    const int shift = p_.shift_output ? 1 : 0;
-    R sum = 0;  // over the outputs from r on
-    for (int r = steps - 1; r >= 0; --r) {
-      if (r + shift < steps) sum += from_output_[r + shift];
-      d_decay_[r] = sum;
-    }
-    sum = held;  // and over the steps before r
-    for (int r = 0; r < steps; ++r) {
-      d_decay_[r] += r == 0 ? sum : sum + through_[r - 1];
-      sum += decays_.weight[r] * into_state_[r];
-    }
-    if (!p_.has_dt) return;
-    R dA = 0, dbias = 0;
-    for (int r = 0; r < steps; ++r) {
-      const R ddt = (d_weight_[r] + into_state_[r] + d_decay_[r] * A) * slope_[r];
-      dA += d_decay_[r] * decays_.weight[r];
-      dbias += ddt;
-      d_decay_[r] = ddt;
-    }
-    dA_[i] += dA;
-    dbias_[i] += dbias;
-  }
-
   void previous_state_gradient(int steps, R* dS) {
-    for (int t = 0; t < steps; ++t) {
-      for (int p = t * pitch_; p < (t + 1) * pitch_; p += kLanes<R>) {
-        store(scaled_ + p, load(dy_ + p) * decays_.row[t]);
-      }
-    }
-    const E* scaled = paired_rows(scaled_, steps, pitch_, pitch_, dy_pairs_);
+    const E* scaled = scaled_rows(dy_, decays_.row, steps, pitch_, pitch_, scaled_);
     for_blocks(int(p_.state), pitch_ / kLanes<R>, [&](auto M, auto N, int n, int v) {
-      const int p = v * kLanes<R>;
+      const int p = v * kLanes<R>, left = int(p_.state) - n;
+      if (v == 0 && next_state_.data) {
+        prefetch_tile(next_state_.at(0, n), int(p_.headdim), left < M() ? left : M());
+      }
       Block<R, M(), N()> previous;
       R* at = dS + n * pitch_ + p;
       if (!dS_is_zero_) {
@@ -498,19 +398,20 @@ class Backward {
   bool S_is_zero_, dS_is_zero_;
   Scratch scratch_;
   Decays<R> decays_;
-  R *B_, *C_;                                 // (step, state)
-  R *Bt_, *Ct_, *dBt_, *dCt_;                 // (state, step)
-  R *G_, *dG_, *V_, *GL_, *transposed_;       // (step s, step t), but for the last
-  R *x_, *dy_, *z_, *scaled_, *out_;          // (step, headdim)
-  R *xt_, *dyt_;                              // (headdim, step)
-  R *D_, *dD_, *dA_, *dbias_;                 // (head, headdim), (head)
-  R *S_, *dS_;                                // (state, headdim), (head, state, headdim)
-  R *index_, *slope_, *through_, *from_output_, *into_state_, *d_weight_, *d_decay_;  // (step)
-  R *sums_, *crossing_;                       // (step, lane)
-  const E *B_operand_, *C_operand_, *dyt_operand_;
-  E *B_columns_ = nullptr, *C_columns_ = nullptr, *C_rows_ = nullptr, *Ct_rows_ = nullptr,
-    *GL_pairs_ = nullptr, *x_pairs_ = nullptr, *dy_pairs_ = nullptr, *xt_rows_ = nullptr,
-    *dyt_rows_ = nullptr, *state_pairs_ = nullptr;
+  DecayGradient<R> changes_;
+  R *B_, *C_;                            // (step, state)
+  R *Bt_, *Ct_, *dBt_, *dCt_;            // (state, step)
+  R *G_, *dG_, *V_, *GL_, *transposed_;  // (step s, step t), but for the last
+  R *x_, *dy_, *z_, *out_;               // (step, headdim)
+  E* scaled_;                            // likewise
+  E* Ct_operand_;                        // (state, step)
+  E *xt_, *dyt_;                         // (headdim, step)
+  R *D_, *dD_, *dA_, *dbias_;            // (head, headdim), (head)
+  R *S_, *dS_;                           // (state, headdim), (head, state, headdim)
+  Plane next_x_, next_dy_, next_state_;
+  const E *B_operand_, *C_operand_, *C_by_state_, *x_operand_;
+  E *B_columns_ = nullptr, *C_columns_ = nullptr, *C_rows_ = nullptr, *GL_pairs_ = nullptr,
+    *x_pairs_ = nullptr, *dy_pairs_ = nullptr, *state_pairs_ = nullptr;
 };
 
 template <class R, class E>

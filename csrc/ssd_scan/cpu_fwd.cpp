@@ -23,17 +23,19 @@ class Forward {
         decays_(p, scratch_) {
     constexpr int64_t kSteps = kTile + kMaxRows;
     for (R** x : {&B_, &C_}) *x = scratch_.take<R>(kSteps * state_pitch_);
-    Bt_ = scratch_.take<R>((p.state + kMaxRows) * kPitch);
-    for (R** x : {&G_, &M_}) *x = scratch_.take<R>(kSteps * kPitch);
-    for (R** x : {&x_, &weighted_, &y_}) *x = scratch_.take<R>(kSteps * pitch_);
+    Bt_ = scratch_.take<E>((p.state + kMaxRows) * kPitch);
+    G_ = scratch_.take<R>(kSteps * kPitch);
+    M_ = scratch_.take<E>(kSteps * kPitch / kDepthE);
+    for (R** x : {&x_, &y_, &z_}) *x = scratch_.take<R>(kSteps * pitch_);
+    weighted_ = scratch_.take<E>(kSteps * pitch_);
+    for (R** x : {&diagonal_, &ends_}) *x = scratch_.take<R>(kSteps);
     D_ = scratch_.take<R>(p.heads_per_task * pitch_);
     S_ = scratch_.take<R>(p.heads_per_task * state_size_);
     if constexpr (!std::is_same_v<R, E>) {
-      for (E** x : {&C_pairs_, &B_pairs_}) *x = scratch_.take<E>(kSteps * state_pitch_);
-      Bt_pairs_ = scratch_.take<E>((p.state + kMaxRows) * kPitch);
-      M_pairs_ = scratch_.take<E>(kSteps * kPitch);
+      for (E** x : {&C_pairs_, &B_pairs_, &B_columns_})
+        *x = scratch_.take<E>(kSteps * state_pitch_);
       x_pairs_ = scratch_.take<E>(kSteps * pitch_);
-      S_pairs_ = scratch_.take<E>(state_size_);
+      S_pairs_ = scratch_.take<E>(p.heads_per_task * state_size_ / 2);
     }
   }
 
@@ -47,9 +49,17 @@ class Forward {
   }
 
  private:
+  static constexpr int kDepthE = kDepth<E>;
+
   template <class F>
   STATESCAN_INLINE void for_heads(F&& f) {
     for (int64_t h = heads_.begin; h < heads_.end; ++h) f(h, S_ + (h - heads_.begin) * state_size_);
+  }
+
+  // The state as an operand.
+  STATESCAN_INLINE E* operand_of(const R* S) {
+    if constexpr (std::is_same_v<R, E>) return const_cast<R*>(S);
+    return S_pairs_ + (S - S_) / 2;
   }
 
   void run_segment(const Segment& segment) {
@@ -60,6 +70,7 @@ class Forward {
       if (!given) return;
       load_tile(state_plane(p_.initial_state, segment.initial_slot, h), int(p_.headdim),
                 int(p_.state), S, pitch_);
+      paired_rows(S, int(p_.state), pitch_, pitch_, operand_of(S));
     });
     state_is_wanted_ = segment.last_slot >= 0 && p_.last_state;
     const int64_t pieces = piece_count(p_, segment);
@@ -86,15 +97,10 @@ class Forward {
                  pitch_);
     }
     if (p_.cell_states == nullptr) return;
-    R* to = static_cast<R*>(p_.cell_states) +
-            ((b * p_.cells() + piece.cell) * p_.heads + h) * p_.state * p_.headdim;
-    for (int64_t n = 0; n < p_.state; ++n) {
-      for (int64_t i = 0; i < p_.headdim; i += kLanes<R>) {
-        const int64_t left = p_.headdim - i;
-        store_first(to + n * p_.headdim + i, load(S + n * pitch_ + i),
-                    left < kLanes<R> ? int(left) : kLanes<R>);
-      }
-    }
+    const int64_t at = (b * p_.cells() + piece.cell) * p_.heads + h;
+    const Plane to =
+        Plane{p_.cell_states, p_.cell_dtype(), 1, p_.headdim}.shifted(at * p_.state * p_.headdim);
+    store_tile(to, int(p_.headdim), int(p_.state), S, pitch_);
   }
 
   void run_padding(int64_t b, const Piece& piece) {
@@ -109,11 +115,10 @@ class Forward {
     const int steps = piece.steps(), N = int(p_.state);
     load_projection<R>(p_, p_.B, b, heads_.group, piece, false, B_);
     load_projection<R>(p_, p_.C, b, heads_.group, piece, p_.shift_output, C_);
-    transpose_tile(B_, state_pitch_, steps, N, Bt_, kPitch);
     C_operand_ = paired_columns(C_, steps, state_pitch_, state_pitch_, C_pairs_);
     B_operand_ = paired_rows(B_, steps, state_pitch_, state_pitch_, B_pairs_);
-    const E* Bt = paired_rows(Bt_, N, padded<R>(steps), kPitch, Bt_pairs_);
-    constexpr int kDepthE = kDepth<E>;
+    const E* B = paired_columns(B_, steps, state_pitch_, state_pitch_, B_columns_);
+    const E* Bt = transposed<R>(B, steps, N, state_pitch_, Bt_, kPitch);
     const int C_pitch = state_pitch_ / kDepthE;
     for_blocks<1>(steps, padded<R>(steps) / kLanes<R>, [&](auto M, auto V, int t, int s) {
       if (s * kLanes<R> >= t + M()) return;
@@ -122,6 +127,8 @@ class Forward {
                (N + kDepthE - 1) / kDepthE);
       G.store_to(G_ + t * kPitch + s * kLanes<R>, kPitch);
     });
+    const int back = p_.shift_output ? 1 : 0;
+    for (int t = back; t < steps; ++t) diagonal_[t] = G_[t * kPitch + t - back];
   }
 
   void run_head(int64_t b, const Piece& piece, int64_t h, R* S) {
@@ -130,30 +137,37 @@ class Forward {
     load_tile(scan_plane(p_, p_.dt, b, h, piece), 1, steps, decays_.weight, 1);
     decays_.find(p_, load_or<R>(p_.A, h, 0), load_or<R>(p_.dt_bias, h, 0), steps, nullptr);
     mix_steps(steps);
-    output(steps, S, D_ + (h - heads_.begin) * pitch_);
+    const bool more = h + 1 < heads_.end;
+    const Plane next = scan_plane(p_, p_.x, b, more ? h + 1 : heads_.begin,
+                                  more ? piece : neighbour(p_, piece, 1));
+    output(steps, S, D_ + (h - heads_.begin) * pitch_, next);
     if (p_.z) gate(b, piece, h);
     store_tile(scan_plane(p_, p_.y, b, h, piece), P, steps, y_, pitch_);
     if (!piece.last || state_is_wanted_) update(steps, S);
   }
 
-  // M, in whole vectors: what lies above the diagonal is not read.
+  // M, in whole vectors: what lies above the diagonal is not read. The decay to the last number of
+  // a row is 1.
   void mix_steps(int steps) {
     for (int t = 0; t < steps; ++t) {
       for (int s = 0; s <= t; s += kLanes<R>) {
-        const int at = t * kPitch + s;
-        store(M_ + at, load(G_ + at) * decays_.between(t, s) * load(decays_.weight + s));
+        store_columns<R>(
+            M_ + t * kPitch / kDepthE, s,
+            load(G_ + t * kPitch + s) * decays_.between(t, s) * load(decays_.weight + s));
       }
     }
+    const int back = p_.shift_output ? 1 : 0;
+    for (int t = back; t < steps; ++t) ends_[t] = diagonal_[t] * decays_.weight[t - back];
   }
 
-  void output(int steps, const R* S, const R* D) {
-    constexpr int kDepthE = kDepth<E>;
+  // `next` is what will be read after this head, asked for while it is computed.
+  void output(int steps, const R* S, const R* D, const Plane& next) {
     const int diagonal = p_.shift_output ? 0 : 1, C_pitch = state_pitch_ / kDepthE;
-    const E* M_operand = paired_columns(M_, steps, padded<R>(steps), kPitch, M_pairs_);
     const E* x = paired_rows(x_, steps, pitch_, pitch_, x_pairs_);
-    const E* S_operand = state_is_zero_ ? nullptr : paired_rows(S, int(p_.state), pitch_, pitch_, S_pairs_);
+    const E* S_operand = operand_of(S);
     for_blocks(steps, pitch_ / kLanes<R>, [&](auto M, auto V, int t, int v) {
-      const int p = v * kLanes<R>;
+      const int p = v * kLanes<R>, left = steps - t;
+      if (v == 0) prefetch_tile(next.at(0, t), int(p_.headdim), left < M() ? left : M());
       Block<R, M(), V()> y;
       if (!state_is_zero_) {
         multiply(y, C_operand_ + t * C_pitch, C_pitch, 1, S_operand + p, pitch_,
@@ -161,31 +175,28 @@ class Forward {
         y.scale_rows(decays_.row + t);
       }
       constexpr int kRow = kPitch / kDepthE;
-      multiply(y, M_operand + t * kRow, kRow, 1, x + p, pitch_, t / kDepthE);
-      multiply_triangle(y, {M_operand + t * kRow + t / kDepthE, kRow, 1, x + t / kDepthE * pitch_ + p,
-                        pitch_}, M_ + t * kPitch + t, kPitch, x_ + t * pitch_ + p, diagonal);
+      const E* row = M_ + t * kRow;
+      multiply(y, row, kRow, 1, x + p, pitch_, t / kDepthE);
+      multiply_triangle(y, {row + t / kDepthE, kRow, 1, x + t / kDepthE * pitch_ + p, pitch_},
+                        ends_ + t, x_ + t * pitch_ + p, diagonal);
       if (p_.D) y.add_scaled(x_ + t * pitch_ + p, pitch_, D + p);
       y.store_to(y_ + t * pitch_ + p, pitch_);
     });
   }
 
   void gate(int64_t b, const Piece& piece, int64_t h) {
-    R* z = weighted_;  // not in use yet
-    load_tile(scan_plane(p_, p_.z, b, h, piece), int(p_.headdim), piece.steps(), z, pitch_);
+    load_tile(scan_plane(p_, p_.z, b, h, piece), int(p_.headdim), piece.steps(), z_, pitch_);
     for (int i = 0; i < piece.steps() * pitch_; i += kLanes<R>) {
-      store(y_ + i, load(y_ + i) * silu(load(z + i)));
+      store(y_ + i, load(y_ + i) * silu(load(z_ + i)));
     }
   }
 
   void update(int steps, R* S) {
-    constexpr int kDepthE = kDepth<E>;
-    for (int s = 0; s < steps; ++s) {
-      const R weight = decays_.column[s] * decays_.weight[s];
-      for (int p = s * pitch_; p < (s + 1) * pitch_; p += kLanes<R>) {
-        store(weighted_ + p, load(x_ + p) * weight);
-      }
+    for (int s = 0; s < steps; s += kLanes<R>) {
+      store(ends_ + s, load(decays_.column + s) * load(decays_.weight + s));
     }
-    const E* weighted = paired_rows(weighted_, steps, pitch_, pitch_, x_pairs_);
+    const E* weighted = scaled_rows(x_, ends_, steps, pitch_, pitch_, weighted_);
+    E* S_operand = operand_of(S);
     for_blocks(int(p_.state), pitch_ / kLanes<R>, [&](auto M, auto V, int n, int v) {
       const int p = v * kLanes<R>;
       Block<R, M(), V()> next;
@@ -197,6 +208,7 @@ class Forward {
       multiply(next, B_operand_ + n, 1, state_pitch_, weighted + p, pitch_,
                (steps + kDepthE - 1) / kDepthE);
       next.store_to(at, pitch_);
+      store_paired_rows(next, S_operand + n / kDepthE * pitch_ + p, pitch_);
     });
   }
 
@@ -207,13 +219,17 @@ class Forward {
   bool state_is_zero_, state_is_wanted_;
   Scratch scratch_;
   Decays<R> decays_;
-  R *B_, *C_, *Bt_;           // (step, state), (state, step)
-  R *G_, *M_;                 // (step t, step s)
-  R *x_, *weighted_, *y_;     // (step, headdim)
-  R *D_, *S_;                 // (head, headdim), (head, state, headdim)
+  R *B_, *C_;            // (step, state)
+  E* Bt_;                // (state, step)
+  R* G_;                 // (step t, step s)
+  E* M_;                 // likewise
+  R *x_, *y_, *z_;       // (step, headdim)
+  E* weighted_;          // likewise
+  R *diagonal_, *ends_;  // (step): the last number of each row of G, of M
+  R *D_, *S_;            // (head, headdim), (head, state, headdim)
   const E *C_operand_, *B_operand_;
-  E *C_pairs_ = nullptr, *B_pairs_ = nullptr, *Bt_pairs_ = nullptr, *M_pairs_ = nullptr,
-    *x_pairs_ = nullptr, *S_pairs_ = nullptr;
+  E *C_pairs_ = nullptr, *B_pairs_ = nullptr, *B_columns_ = nullptr, *x_pairs_ = nullptr,
+    *S_pairs_ = nullptr;
 };
 
 template <class R, class E>

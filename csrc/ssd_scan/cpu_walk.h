@@ -57,12 +57,17 @@ STATESCAN_INLINE Piece piece_at(const Problem& p, const Segment& s, int64_t i) {
   const int64_t chunk_end = chunk_begin + p.chunk < p.seqlen ? chunk_begin + p.chunk : p.seqlen;
   const int64_t cell_begin = chunk_begin + cell % p.cells_per_chunk() * p.cell();
   const int64_t cell_end = cell_begin + p.cell() < chunk_end ? cell_begin + p.cell() : chunk_end;
-  Piece piece{cell_begin > s.begin ? cell_begin : s.begin, cell_end < s.end ? cell_end : s.end,
-              chunk, cell, i == 0, false, false, false};
+  Piece piece{cell_begin > s.begin ? cell_begin : s.begin,
+              cell_end < s.end ? cell_end : s.end,
+              chunk,
+              cell,
+              i == 0,
+              false,
+              false,
+              false};
   piece.last = p.reverse ? piece.begin == s.begin : piece.end == s.end;
   piece.entry = p.reverse ? piece.end == cell_end : piece.begin == cell_begin;
-  piece.chunk_entry =
-      p.reverse ? piece.end == chunk_end : piece.begin == chunk_begin;
+  piece.chunk_entry = p.reverse ? piece.end == chunk_end : piece.begin == chunk_begin;
   return piece;
 }
 
@@ -72,8 +77,9 @@ STATESCAN_INLINE int padded(int64_t count) {
   return int((count + kLanes<R> - 1) / kLanes<R>) * kLanes<R>;
 }
 
-// A tensor (batch, seqlen, head or group, ...) from the step that the scan walks first in the piece,
-// `steps_before` steps earlier in its order, with steps as time and the last dimension as rows.
+// A tensor (batch, seqlen, head or group, ...) from the step that the scan walks first in the
+// piece, `steps_before` steps earlier in its order, with steps as time and the last dimension as
+// rows.
 STATESCAN_INLINE Plane scan_plane(const Problem& p, const View<4>& x, int64_t batch, int64_t head,
                                   const Piece& piece, int steps_before = 0) {
   const int64_t step = p.reverse ? -1 : 1;
@@ -104,6 +110,17 @@ STATESCAN_INLINE Plane state_plane(const View<5>& x, int64_t batch, int64_t chun
       batch * x.stride[0] + chunk * x.stride[1] + head * x.stride[2]);
 }
 
+// The piece after this one in the order of the scan, or before it (step = -1), if its segment has
+// one and as if it were as long: to ask for its cache lines.
+STATESCAN_INLINE Piece neighbour(const Problem& p, const Piece& piece, int step) {
+  Piece next = piece;
+  const int64_t by = (p.reverse ? -step : step) * int64_t(piece.steps());
+  if (step > 0 ? piece.last : piece.first) return piece;
+  next.begin += by, next.end += by;
+  if (next.begin < 0 || next.end > p.seqlen) return piece;
+  return next;
+}
+
 template <class R>
 STATESCAN_INLINE void clear(R* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x[i] = 0;
@@ -114,8 +131,8 @@ STATESCAN_INLINE R load_or(const View<1>& x, int64_t i, R absent) {
   return x ? load_scalar<R>(x.dtype, x.data, i * x.stride[0]) : absent;
 }
 
-// B or C of a piece as tile[t][n], rows beyond the last one clear up to a block's. With `shift`, row t
-// holds step t - 1; before the first step of a segment there is none, and its row is 0.
+// B or C of a piece as tile[t][n], rows beyond the last one clear up to a block's. With `shift`,
+// row t holds step t - 1; before the first step of a segment there is none, and its row is 0.
 template <class R>
 STATESCAN_INLINE void load_projection(const Problem& p, const View<4>& x, int64_t batch,
                                       int64_t group, const Piece& piece, bool shift, R* tile) {
@@ -202,8 +219,7 @@ class Decays {
     for (int t = 0; t < steps; t += kLanes<R>) {
       if (!p.has_dt) store(weight + t, 1 - Vec<R>{});
       store(row + t, exp2(load(row_high + t) + load(row_low + t)));
-      const Vec<R> left =
-          (last_high - load(high_ + 1 + t)) + (last_low - load(low_ + 1 + t));
+      const Vec<R> left = (last_high - load(high_ + 1 + t)) + (last_low - load(low_ + 1 + t));
       store(column + t, exp2(left));
     }
     for (int t = steps; t < whole_vectors; ++t) weight[t] = 0;
@@ -224,7 +240,7 @@ class Decays {
   R whole;
 
  private:
-  int shift_;  // 1: the output of row t is that of step t - 1
+  int shift_;       // 1: the output of row t is that of step t - 1
   R *high_, *low_;  // (1 + step), the first 0
 };
 

@@ -13,13 +13,14 @@ int64_t padded(int64_t count) { return (count + kWidest - 1) / kWidest * kWidest
 int64_t FwdParams::scratch_bytes() const {
   const int64_t wide_state = padded(state), wide_head = padded(headdim);
   const int64_t head_state = (state + kWidest) * wide_head;
-  const int64_t scalars = 4 * kSteps * wide_state                // B, C and as pairs
-                          + 2 * (state + kWidest) * kTile        // B transposed
-                          + 3 * kSteps * kTile                   // G, M
-                          + 4 * kSteps * wide_head               // x, weighted, y
-                          + heads_per_task * wide_head           // D
-                          + (heads_per_task + 1) * head_state    // S
-                          + 5 * (kTile + 2 * kWidest);           // see Decays
+  const int64_t scalars = 4 * kSteps * wide_state            // B, C and as pairs
+                          + 2 * (state + kWidest) * kTile    // B transposed
+                          + 3 * kSteps * kTile               // G, M
+                          + 5 * kSteps * wide_head           // x, y, z, weighted
+                          + heads_per_task * wide_head       // D
+                          + 2 * heads_per_task * head_state  // S
+                          + 2 * kSteps                       // ends
+                          + 5 * (kTile + 2 * kWidest);       // see Decays
   return scalars * element_bytes(compute) + 32 * 64;
 }
 

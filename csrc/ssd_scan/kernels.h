@@ -22,7 +22,7 @@ struct Problem {
   bool has_dt;  // else the decay is given
   double dt_min, dt_max;
   DType compute;  // kFloat32 or kFloat64
-  bool bfloat16;  // x, B and C are: products may be of bfloat16 numbers
+  bool bfloat16;  // x, B and C are, and products are of bfloat16 numbers
   const Segments* segments;
 
   STATESCAN_HOST_DEVICE int64_t chunks() const { return (seqlen + chunk - 1) / chunk; }
@@ -35,6 +35,8 @@ struct Problem {
     const int64_t last = seqlen - (chunks() - 1) * chunk;  // steps of the last chunk
     return seqlen == 0 ? 0 : (chunks() - 1) * cells_per_chunk() + (last + cell() - 1) / cell();
   }
+  // Saved states become factors of products and nothing else.
+  STATESCAN_HOST_DEVICE DType cell_dtype() const { return bfloat16 ? DType::kBFloat16 : compute; }
   STATESCAN_HOST_DEVICE int64_t group_heads() const { return heads / groups; }
   STATESCAN_HOST_DEVICE int64_t tasks_per_group() const {
     return (group_heads() + heads_per_task - 1) / heads_per_task;
@@ -52,7 +54,7 @@ struct FwdParams : Problem {
   View<4> y;              // (batch, seqlen, head, headdim)
   View<4> last_state;     // (slot, head, headdim, state), or absent
   View<5> chunk_states;   // (batch, chunk, head, headdim, state), or absent
-  void* cell_states;      // (batch, cell, head, state, headdim) in the compute type, or null
+  void* cell_states;      // (batch, cell, head, state, headdim) of cell_dtype, or null
 
   int64_t tasks() const { return segments->rows() * head_tasks(); }
   int64_t scratch_bytes() const;

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from statescan import _C
 from statescan.ops import _register
 
 CHUNK = 64  # steps between two saved states
@@ -42,8 +43,8 @@ def ssd_scan(
 
     for every head on its own, with a state S of (headdim, state); bias, softplus, limits, D and z
     are optional. With ``log_decay`` the state decays by its exponential and the input enters with
-    weight 1: :math:`S_t = e^{\ell_t} S_{t-1} + x_t B_t^\top`. A step with Δ = 0 leaves the state bit
-    for bit as it is.
+    weight 1: :math:`S_t = e^{\ell_t} S_{t-1} + x_t B_t^\top`. A step with Δ = 0 leaves the state
+    bit for bit as it is.
 
     Computed in chunks by matrix products, in float32 whatever the dtypes, which may differ from one
     argument to the next (in float64 if any of them is float64, for gradient checks). On a machine
@@ -87,9 +88,10 @@ def ssd_scan(
         reverse: scan from the last step to the first; "first", "last" and "before" are meant in
             that order.
         shift_output: the output of each step is read from the step before it (Hydra, Hwang et al.
-            2024, the shift of its quasiseparable form): :math:`y_t = S_{t-1} C_{t-1} + D x_t`, and 0
-            + D x for the first step of a sequence, whatever its initial state. D and z act at step
-            t itself. The states are not shifted: the last step is in the final state.
+            2024, the shift of its quasiseparable form): :math:`y_t = S_{t-1} C_{t-1} + D x_t`,
+            without the first term at the first step of a sequence, whatever its initial state. D
+            and z act at step t itself. The states are not shifted: the last step is in the final
+            state.
         out_dtype: dtype of ``y``; that of ``x`` if None.
 
     Returns:
@@ -104,8 +106,9 @@ def ssd_scan(
         NotImplementedError: if there is no kernel for a dtype or a device.
 
     Memory: for the backward the inputs are kept, and S once every ``chunk_size`` steps (64 at most)
-    in float32: 4 * state / 64 bytes for each element of x. Nothing of size (seqlen, seqlen) or
-    (seqlen, headdim, state) is ever allocated. The backward works in partial sums of dB and dC,
+    in float32 (bfloat16 where factors are rounded to it): 4 * state / 64 bytes for each element of
+    x, or half of that. Nothing of size (seqlen, seqlen) or (seqlen, headdim, state) is ever
+    allocated. The backward works in partial sums of dB and dC,
     8 * state bytes for each token, group and block of 8 heads of a group if there is more than one
     (of fewer heads in a batch of few sequences).
     """
@@ -144,6 +147,15 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+def _rounds_factors(compute: torch.dtype, *tensors: Tensor) -> bool:
+    """Whether products are of bfloat16 numbers, and the states to be saved with them."""
+    return (
+        _C.isa() == "avx512_bf16"
+        and compute == torch.float32
+        and all(x.dtype == torch.bfloat16 for x in tensors)
+    )
+
+
 @torch.library.register_fake("statescan::ssd_scan_fwd")
 def _(
     x, dt, A, B, C, D, z, dt_bias, log_decay, initial_states, seq_idx, cu_seqlens, dt_softplus,
@@ -165,7 +177,8 @@ def _(
         x.new_empty((*slots, *one) if return_final_states else (0,), dtype=dtype),
         x.new_empty((batch, chunks, *one) if return_chunk_states else (0,), dtype=dtype),
         x.new_empty(
-            (batch, cells, heads, state, headdim) if save_cell_states else (0,), dtype=dtype
+            (batch, cells, heads, state, headdim) if save_cell_states else (0,),
+            dtype=torch.bfloat16 if _rounds_factors(dtype, x, B, C) else dtype,
         ),
     )
 
@@ -209,9 +222,7 @@ def _backward(ctx, dy, dfinal_states, dchunk_states, _dcell_states):
     return (*(grad if x is not None else None for grad, x in given), *(None,) * 12)
 
 
-torch.library.register_autograd(
-    "statescan::ssd_scan_fwd", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("statescan::ssd_scan_fwd", _backward, setup_context=_setup_context)
 for _name in ("ssd_scan_fwd", "ssd_scan_bwd"):
     _register.no_vmap(_name)
     _register.no_kernel_on(_name, "CUDA")

@@ -15,6 +15,14 @@ from statescan.bench.ops import (
 )
 from statescan.bench.suite import Op
 
+MODULES = (
+    selective_scan,
+    ssd_scan,
+    causal_conv1d,
+    selective_state_update,
+    causal_conv1d_update,
+)
+
 OPS: dict[str, Op] = {
     module.OP.name: module.OP
     for module in (

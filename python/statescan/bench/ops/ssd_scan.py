@@ -90,8 +90,8 @@ def naive(x: Inputs) -> Tensor:
 
 
 def naive_in_pieces(x: Inputs) -> Tensor:
-    """The reference, 64 steps at a time joined by the state. Autograd keeps the state of every step,
-    which is too much for a long sequence."""
+    """The reference, 64 steps at a time joined by the state. Autograd keeps the state of every
+    step, which is too much for a long sequence."""
     if "hydra" in x or x["x"].shape[1] <= 64:
         return naive(x)
     in_time = ("x", "dt", "log_decay", "B", "C")
@@ -110,6 +110,11 @@ def naive_in_pieces(x: Inputs) -> Tensor:
     return torch.cat(y, 1)
 
 
+def _pairs(dtype: torch.dtype) -> int:
+    """Products that an instruction takes at once for each sum."""
+    return 2 if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else 1
+
+
 def passes(case: Case, dtype: torch.dtype, direction: str) -> list[Cost]:
     batch, seqlen, heads, headdim, state, groups = (case[key] for key in "BLHPNG")
     row = (batch, seqlen, heads, headdim)
@@ -117,7 +122,7 @@ def passes(case: Case, dtype: torch.dtype, direction: str) -> list[Cost]:
     times = 2 if "hydra" in case.sizes else 1
     tokens = times * batch * seqlen
     half = CHUNK / 2  # steps that a step is paired with inside a tile
-    pairs = 2 if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else 1  # products at once
+    pairs = _pairs(dtype)
     # Softplus is two; a decay for each pair of steps of a tile.
     exps = tokens * heads * (2 + half)
     # C S, B x and M x for each head, C B^T for each group.
@@ -142,7 +147,7 @@ def memory(case: Case, dtype: torch.dtype, direction: str) -> int:
     out = count_bytes(row, dtype=dtype)
     if direction == "fwd":
         return out
-    states = 4 * state * math.prod(row) // CHUNK
+    states = 4 * state * math.prod(row) // CHUNK // _pairs(dtype)
     grads = count_bytes(row, *[projection] * 2, (batch, seqlen, heads), dtype=dtype)
     per_group = heads // groups
     parts = max(-(-per_group // 8), min(-(-6 // (min(batch, 32) * groups)), per_group))
