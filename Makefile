@@ -1,4 +1,4 @@
-# make demo       install, train a small language model for a minute, generate, measure
+# make demo       install, train a small language model and a reader of digits, measure: 3 minutes
 # make test       install, run every test under each instruction set of this machine
 # make bench      install, run the benchmarks             (BENCH="..." for its options)
 # make dev        compile into the source tree, for working on it (see CONTRIBUTING.md)
@@ -15,6 +15,7 @@ PYTHON ?= python3
 TORCH  ?=
 BENCH  ?=
 DEMO   ?=
+DIGITS ?=
 PYTEST ?= -n auto --maxprocesses 8
 
 VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
@@ -32,8 +33,10 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python tools -type f 
 .PHONY: demo test bench dev sanitize lint format wheel
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.statescan
+demo: $(VENV)/.statescan $(VENV)/.statescan-examples
 	@$(PY) examples/train_mamba_lm.py $(DEMO)
+	@echo
+	@$(PY) examples/classify_digits.py $(DIGITS)
 	@echo
 	@env -u OMP_WAIT_POLICY $(PY) -m statescan.bench --quick
 
@@ -102,7 +105,11 @@ $(VENV)/.statescan: $(VENV)/.torch $(SOURCES)
 	@$(PIP) install --quiet .
 	@echo $(CURDIR) > $@
 
-$(VENV)/.statescan-tests: $(VENV)/.torch tests/requirements.txt
+$(VENV)/.statescan-examples: $(VENV)/.torch examples/requirements.txt
+	@$(PIP) install --quiet -r examples/requirements.txt
+	@touch $@
+
+$(VENV)/.statescan-tests: $(VENV)/.torch tests/requirements.txt examples/requirements.txt
 	@$(PIP) install --quiet -r tests/requirements.txt
 	@touch $@
 

@@ -34,6 +34,8 @@ TINY = {
         Case("cross", {"B": 2, "D": 5, "H": 3, "W": 4, "N": 3, "R": 2, "F": 0}),
         Case("several visits", {"B": 1, "D": 5, "H": 4, "W": 6, "N": 1, "R": 1, "F": 4}),
     ],
+    "gated_rms_norm": [Case("tiny", {"B": 2, "L": 5, "D": 12, "S": 4})],
+    "materialize_mixer": [Case("tiny", {"B": 2, "L": 9, "H": 4, "N": 3, "G": 2})],
     "cross_scan": [Case("tiny", {"B": 2, "C": 5, "H": 3, "W": 4})],
     "cross_merge": [Case("tiny", {"B": 2, "C": 5, "H": 3, "W": 4})],
     "route_gather": [

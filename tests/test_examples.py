@@ -1,4 +1,4 @@
-"""The example runs as a newcomer runs it, only for seconds; so does the code of the README."""
+"""The examples run as a newcomer runs them, only for seconds; so does the code of the README."""
 
 import os
 import re
@@ -7,20 +7,35 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "train_mamba_lm.py"
+EXAMPLES = ROOT / "examples"
 SMALL = ["--minutes", "0.05", "--dim", "32", "--layers", "2", "--batch", "4", "--seqlen", "64"]
 
 
-def test_language_model_learns_and_decodes_as_it_reads():
-    command = [sys.executable, EXAMPLE, *SMALL, "--bytes", "40"]
+def run(name, *arguments):
+    command = [sys.executable, EXAMPLES / name, *arguments]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # other tests are running beside this one
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
     assert done.returncode == 0, done.stdout + done.stderr
-    loss = float(re.search(r"([\d.]+)  this model, on text it has not seen", done.stdout)[1])
-    assert loss < 8.0  # bits per byte before anything is learned
-    difference = float(re.search(r"all at once: (\S+) of", done.stdout)[1])
-    assert difference < 1e-4
     assert "\r" not in done.stdout  # no bar where there is no terminal
+    return done.stdout
+
+
+def test_language_model_learns_and_decodes_as_it_reads():
+    out = run("train_mamba_lm.py", *SMALL, "--bytes", "40")
+    loss = float(re.search(r"([\d.]+)  this model, on text it has not seen", out)[1])
+    assert loss < 8.0  # bits per byte before anything is learned
+    difference = float(re.search(r"all at once: (\S+) of", out)[1])
+    assert difference < 1e-4
+
+
+def test_digits_are_read_and_routes_drawn(tmp_path):
+    picture = tmp_path / "routes.png"
+    out = run("classify_digits.py", "--minutes", "0.1", "--dim", "16", "--picture", picture)
+    lines = re.findall(r"^ +([\d.]+)%  (.+)$", out, re.MULTILINE)
+    right = {who: float(percent) for percent, who in lines}
+    assert right["logistic regression"] > 90
+    assert right["this model"] > 25  # after seconds; guessing makes 10
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_code_of_the_readme():

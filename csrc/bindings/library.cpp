@@ -67,6 +67,19 @@ STABLE_TORCH_LIBRARY(statescan, m) {
       "causal_conv1d_update(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, "
       "bool silu, Tensor? cache_seqlens, Tensor? conv_state_indices) -> Tensor");
   m.def("causal_conv1d_varlen_states(Tensor x, Tensor cu_seqlens, int state_len) -> Tensor");
+  // -> y, residual_out (empty if not asked for)
+  m.def(
+      "gated_rms_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, Tensor? z, Tensor? residual, "
+      "float eps, int group_size, bool norm_before_gate, bool subtract_mean, "
+      "ScalarType? out_dtype, ScalarType? residual_dtype, bool return_residual) -> "
+      "(Tensor, Tensor)");
+  // -> dx, dweight, dbias, dz, dresidual; empty where there is no such argument. dresidual is dx in
+  // another type, and empty if none is given
+  m.def(
+      "gated_rms_norm_bwd(Tensor? dy, Tensor? dresidual_out, Tensor x, Tensor? weight, "
+      "Tensor? bias, Tensor? z, Tensor? residual, float eps, int group_size, "
+      "bool norm_before_gate, bool subtract_mean, ScalarType dx_dtype, "
+      "ScalarType? dresidual_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // x (batch, count or 1, dim, H * W) -> (batch, count, dim, H * W), or (batch, H * W, count, dim)
   m.def("cross_scan(Tensor x, SymInt H, SymInt W, str mode, bool channel_last) -> Tensor");
   // y (batch, count, dim, H * W) -> (batch, dim, H * W), or (batch, H * W, dim)

@@ -210,11 +210,18 @@ STATESCAN_INLINE Vec<R> sum_lanes(Vec<R>* v) {
   return v[0];
 }
 
-template <class R>
+// Lane i of the result is lane i ^ kBlock of v.
+template <int kBlock, class V, int... kLane>
+STATESCAN_INLINE V exchange(V v, std::integer_sequence<int, kLane...>) {
+  return shuffle(v, v, std::integer_sequence<int, (kLane ^ kBlock)...>{});
+}
+
+// The sum of the lanes, halves first: log2(kLanes) additions that wait for one another.
+template <class R, int kBlock = kLanes<R> / 2>
 STATESCAN_INLINE R sum_lanes_of(Vec<R> v) {
-  R sum = 0;
-  for (int i = 0; i < kLanes<R>; ++i) sum += v[i];
-  return sum;
+  v += exchange<kBlock>(v, std::make_integer_sequence<int, kLanes<R>>{});
+  if constexpr (kBlock > 1) return sum_lanes_of<R, kBlock / 2>(v);
+  return v[0];
 }
 
 }  // namespace STATESCAN_ISA

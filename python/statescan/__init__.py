@@ -13,6 +13,10 @@ from statescan.ops.causal_conv1d import (
     causal_conv1d_varlen_states,
 )
 from statescan.ops.cross_scan import cross_merge, cross_scan
+from statescan.ops.decay_mask import decay_mask
+from statescan.ops.gated_rms_norm import gated_rms_norm
+from statescan.ops.mamba2_mixer import mamba2_mixer
+from statescan.ops.materialize_mixer import materialize_mixer
 from statescan.ops.route_gather import route_gather, route_scatter
 from statescan.ops.selective_scan import selective_scan
 from statescan.ops.selective_scan_2d import selective_scan_2d
@@ -30,6 +34,10 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "cross_merge",
     "cross_scan",
+    "decay_mask",
+    "gated_rms_norm",
+    "mamba2_mixer",
+    "materialize_mixer",
     "reference",
     "route_gather",
     "route_scatter",

@@ -10,6 +10,9 @@ from statescan.reference.causal_conv1d import (
     causal_conv1d_varlen_states,
 )
 from statescan.reference.cross_scan import cross_merge, cross_scan
+from statescan.reference.gated_rms_norm import gated_rms_norm
+from statescan.reference.mamba2_mixer import mamba2_mixer
+from statescan.reference.materialize_mixer import decay_mask, materialize_mixer
 from statescan.reference.route_gather import route_gather, route_scatter
 from statescan.reference.selective_scan import selective_scan
 from statescan.reference.selective_scan_2d import selective_scan_2d
@@ -22,6 +25,10 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "cross_merge",
     "cross_scan",
+    "decay_mask",
+    "gated_rms_norm",
+    "mamba2_mixer",
+    "materialize_mixer",
     "route_gather",
     "route_scatter",
     "selective_scan",

@@ -6,6 +6,8 @@ from statescan.bench.ops import (
     causal_conv1d_update,
     cross_merge,
     cross_scan,
+    gated_rms_norm,
+    materialize_mixer,
     route_gather,
     selective_scan,
     selective_scan_2d,
@@ -14,12 +16,22 @@ from statescan.bench.ops import (
 )
 from statescan.bench.suite import Op
 
+MODULES = (
+    selective_scan,
+    ssd_scan,
+    causal_conv1d,
+    selective_state_update,
+    causal_conv1d_update,
+)
+
 OPS: dict[str, Op] = {
     module.OP.name: module.OP
     for module in (
         selective_scan,
         ssd_scan,
         causal_conv1d,
+        gated_rms_norm,
+        materialize_mixer,
         selective_state_update,
         causal_conv1d_update,
         cross_scan,
