@@ -1,0 +1,29 @@
+// What Python and the tests' host code call.
+#include <cstring>
+#include <string>
+
+#include "runtime.h"
+
+namespace {
+std::string fault;
+}
+
+extern "C" {
+
+void simt_schedule(int policy, unsigned seed, int resident) {
+  simt::schedule = {simt::Policy(policy), seed, resident};
+}
+
+// Forgets the tensors of the last call.
+void simt_begin() {
+  simt::forget_buffers();
+  simt::take_host_fault();
+}
+
+// What host code did wrong since then, or "".
+const char* simt_host_fault() {
+  fault = simt::take_host_fault();
+  return fault.c_str();
+}
+
+}  // extern "C"

@@ -1,0 +1,109 @@
+// The emulated machine: blocks of fibers on one host thread, what they wait for, and the checker that
+// watches their accesses. A launch runs `resident` blocks at a time; which thread goes on where one
+// stops is the schedule's choice.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "checker.h"
+#include "simt.h"
+
+namespace simt {
+
+inline constexpr unsigned kLanes = 32, kMaxWarps = 32, kBarriers = 16;
+inline constexpr size_t kStackBytes = 128 * 1024;
+
+struct Block;
+
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  int bytes, source_bytes;
+  unsigned group;
+};
+
+struct Thread : Place {
+  Block* block = nullptr;
+  char* stack = nullptr;
+  void* stack_pointer = nullptr;
+  bool done = false;
+
+  const char* waits_for = nullptr;
+  Loc waits_at{};
+  unsigned waits_mask = 0;
+
+  // Of the warp operation that it takes part in.
+  uint64_t in = 0, out = 0;
+  int argument = 0, width = 0;
+  void* collective_argument = nullptr;
+
+  std::vector<AsyncCopy> copies;
+  unsigned copy_group = 0;
+};
+
+// Lanes on their way to one warp operation. Several may be pending with different masks, which may
+// overlap: half of a warp can wait for all of it while the other half shuffles among itself.
+struct Gathering {
+  unsigned mask, arrived;
+  WarpOp op;
+  WarpFunction function;
+  Loc at;
+};
+
+struct Warp {
+  unsigned live = 0, ready = 0;  // lanes
+  std::vector<Gathering> pending;
+};
+
+struct Barrier {
+  int arrived = 0, expected = 0;
+  unsigned present[kMaxWarps] = {}, waiting[kMaxWarps] = {};  // lanes of each warp
+  Loc at[kMaxWarps] = {};
+  int count = 0;
+  bool all = true, any = false;
+};
+
+struct Block {
+  unsigned serial = 0;  // unlike that of any other block since the process began
+  int threads = 0, live = 0, warps = 0;
+  unsigned ready_warps = 0;
+  std::vector<Thread*> thread;
+  Warp warp[kMaxWarps];
+  Barrier barrier[kBarriers];
+  Barrier finished[kBarriers];  // for the reductions: what was found when it was last complete
+  std::vector<std::unique_ptr<SharedObject>> shared;  // the dynamic one first
+  BlockClocks clocks;
+};
+
+// How threads take turns.
+enum class Policy { kForward, kReverse, kRandom };
+struct Schedule {
+  Policy policy = Policy::kForward;
+  unsigned seed = 0;
+  int resident = 1;  // blocks
+};
+extern Schedule schedule;
+
+inline Thread* self() { return static_cast<Thread*>(here); }
+
+// "block (1,0,0) thread (33,0,0), warp 1 lane 1"
+std::string describe(const Place& place);
+std::string describe(Loc loc);
+
+// scheduler.cpp
+void make_ready(Block& block, unsigned warp, unsigned lanes);
+void wait_for(const char* what, Loc at, unsigned mask);  // until made ready
+void maybe_switch();                                     // under a random schedule
+void progress();                                         // not merely spinning
+
+// warp.cpp, barrier.cpp: what may now be complete because a thread has returned
+void lane_returned(Block& block, unsigned warp);
+void thread_returned(Block& block);
+
+// memory.cpp
+SharedObject* new_shared(const void* key, size_t bytes);
+void finish_copies(Thread& thread);
+
+}  // namespace simt

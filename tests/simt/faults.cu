@@ -1,0 +1,247 @@
+// Kernels with faults to plant: run(0) is right, run(fault) is wrong in the way its name says, and
+// the emulator must report it (test_faults.py says in which words), whatever the schedule.
+#include <iterator>
+#include <string>
+
+#include "common/ptx.cuh"
+#include "common/shared.cuh"
+#include "device_memory.h"
+
+namespace statescan::tests {
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+
+struct Row {
+  SharedArray<int, 64> x;
+  int after;
+};
+
+// ---- barriers
+
+__global__ void reverse_kernel(const int* x, int* y, int fault) {
+  auto& s = block_shared<Row>();
+  const int t = int(threadIdx.x);
+  s.x[t] = x[t];
+  if (fault != 1) __syncthreads();  // written
+  y[t] = s.x[63 - t];
+  if (fault != 2) __syncthreads();  // read
+  s.x[t] = t;
+  __syncthreads();  // written again
+  y[t] += s.x[(t + 1) % 64];
+}
+
+void reverse(int fault) {
+  DeviceArray<int> x(64, 1), y(64);
+  launch("reverse", reverse_kernel, 1, 64, 0, nullptr, x.data(), y.data(), fault);
+}
+
+__global__ void divergent_kernel(int* y, int fault) {
+  const int t = int(threadIdx.x);
+  if (fault == 1 && t % 2 == 1) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  if (fault == 2 && t < 32) return;  // the other warp counts on this one
+  ptx::barrier_sync(1, 64);
+  y[t] = t;
+}
+
+void divergent(int fault) {
+  DeviceArray<int> y(64);
+  launch("divergent", divergent_kernel, 1, 64, 0, nullptr, y.data(), fault);
+}
+
+__global__ void warp_exchange_kernel(int* y, int fault) {
+  auto& s = block_shared<Row>();
+  const int t = int(threadIdx.x);
+  s.x[t] = t;
+  if (fault != 1) __syncwarp();
+  y[t] = s.x[t ^ 1];
+}
+
+void warp_exchange(int fault) {
+  DeviceArray<int> y(64);
+  launch("warp exchange", warp_exchange_kernel, 1, 64, 0, nullptr, y.data(), fault);
+}
+
+struct Slots {
+  int slot[2][32];
+};
+
+__global__ void hand_over_kernel(int* y, int fault) {
+  auto& s = block_shared<Slots>();
+  const int l = int(threadIdx.x) % 32;
+  if (threadIdx.x < 32) {
+    for (int i = 0; i < 4; ++i) {
+      if (i >= 2 && fault != 1) ptx::barrier_sync(3 + i % 2, 64);
+      s.slot[i % 2][l] = i;
+      ptx::barrier_arrive(1 + i % 2, 64);
+    }
+    return;
+  }
+  for (int i = 0; i < 4; ++i) {
+    if (fault != 2) ptx::barrier_sync(1 + i % 2, 64);
+    y[l] = s.slot[i % 2][31 - l];
+    if (i < 2) ptx::barrier_arrive(3 + i % 2, 64);
+  }
+}
+
+void hand_over(int fault) {
+  DeviceArray<int> y(32);
+  launch("hand over", hand_over_kernel, 1, 64, 0, nullptr, y.data(), fault);
+}
+
+// ---- warps
+
+__global__ void warp_sum_kernel(int* y, int fault) {
+  const int l = int(threadIdx.x);
+  int sum = l;
+  if (fault == 1 && l >= 16) {  // a shuffle that the rest of the warp does not reach
+    y[l] = 0;
+    return;
+  }
+  if (fault == 2 && l < 16) sum = __shfl_xor_sync(kAll, sum, 1);
+  sum += __shfl_xor_sync(fault == 3 ? 0x0000ffffu : kAll, sum, 16);
+  y[l] = sum;
+}
+
+void warp_sum(int fault) {
+  DeviceArray<int> y(32);
+  launch("warp sum", warp_sum_kernel, 1, 32, 0, nullptr, y.data(), fault);
+}
+
+// ---- bounds, alignment, initial values
+
+__global__ void bounds_kernel(const float* x, float* y, int n, int fault) {
+  auto& s = block_shared<Row>();
+  int* dynamic = dynamic_shared<int>();
+  const int t = int(threadIdx.x);
+  s.x[fault == 1 ? t + 1 : t] = t;  // the last one would hit `after`
+  dynamic[fault == 2 ? t + 1 : t] = t;
+  if (t < n || (fault == 3 && t == n)) y[t] = 2 * x[fault == 4 ? t + 1 : t];
+  if (fault == 5 && t == 0) y[-1] = 0;
+  if (fault == 6) y[t % n] += float(s.after);
+  if (fault == 7 && t == 0) *reinterpret_cast<float4*>(y) = *reinterpret_cast<const float4*>(x + 1);
+  if (fault == 8 && t == 0) *reinterpret_cast<float*>(uintptr_t(n) * 64) = 0;  // no memory
+}
+
+void bounds(int fault) {
+  DeviceArray<float> x(37, 1), y(37);
+  launch("bounds", bounds_kernel, 1, 64, 64 * sizeof(int), nullptr, x.data(), y.data(), 37, fault);
+}
+
+// ---- races on global memory
+
+__global__ void add_kernel(int* sum, int fault) {
+  if (fault == 1) {
+    *sum += 1;
+  } else if (fault == 2 && blockIdx.x == 0) {
+    *sum = 1;
+  } else {
+    atomicAdd(sum, 1);
+  }
+}
+
+void add(int fault) {
+  DeviceArray<int> sum(1);
+  launch("add", add_kernel, 4, 32, 0, nullptr, sum.data(), fault);
+}
+
+struct LastFlag {
+  int last;
+};
+
+__global__ void last_block_kernel(int* partial, unsigned* ticket, int* out, int fault) {
+  auto& s = block_shared<LastFlag>();
+  if (threadIdx.x == 0) {
+    partial[blockIdx.x] = int(blockIdx.x);
+    if (fault != 1) __threadfence();
+    s.last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    if (fault != 2) __threadfence();
+  }
+  __syncthreads();
+  if (!s.last) return;
+  if (threadIdx.x == 1) {
+    for (unsigned i = 0; i < gridDim.x; ++i) *out += partial[i];
+  }
+}
+
+void last_block(int fault) {
+  DeviceArray<int> partial(6), out(1);
+  DeviceArray<unsigned> ticket(1);
+  launch("last block", last_block_kernel, 6, 32, 0, nullptr, partial.data(), ticket.data(),
+         out.data(), fault);
+}
+
+__global__ void chain_kernel(int* sums, unsigned* flag, unsigned* ticket, int fault) {
+  if (threadIdx.x != 0) return;
+  const int tile = fault == 3 ? int(gridDim.x - 1 - blockIdx.x) : int(atomicAdd(ticket, 1u));
+  int sum = 1;
+  if (tile > 0) {
+    if (fault == 2) {
+      while (ptx::ld_relaxed(flag + tile - 1) == 0) {
+      }
+    } else {
+      while (ptx::ld_acquire(flag + tile - 1) == 0) {
+      }
+    }
+    sum += sums[tile - 1];
+  }
+  sums[tile] = sum;
+  if (fault == 1) {
+    ptx::st_relaxed(flag + tile, 1);
+  } else {
+    ptx::st_release(flag + tile, 1);
+  }
+}
+
+void chain(int fault) {
+  DeviceArray<int> sums(8);
+  DeviceArray<unsigned> flag(8), ticket(1);
+  launch("chain", chain_kernel, 8, 32, 0, nullptr, sums.data(), flag.data(), ticket.data(), fault);
+}
+
+// ---- copies beside the thread
+
+__global__ void stage_kernel(const float* x, float* y, int fault) {
+  float(*stage)[32] = dynamic_shared<float[32]>();
+  const int t = int(threadIdx.x);
+  for (int i = 0; i < 3; ++i) {
+    if (t < 8) ptx::cp_async_16(&stage[i % 2][4 * t], x + 32 * i + 4 * t + (fault == 4));
+    ptx::cp_async_commit();
+    if (fault != 1) ptx::cp_async_wait<0>();
+    if (fault != 2) __syncthreads();  // all of the row is here
+    y[32 * i + t] = stage[i % 2][t];
+    if (fault == 3) stage[(i + 1) % 2][31 - t] = 0;  // while others may still read the row before
+  }
+}
+
+void stage(int fault) {
+  DeviceArray<float> x(128, 1), y(96);
+  launch("stage", stage_kernel, 1, 32, 2 * 32 * sizeof(float), nullptr, x.data(), y.data(), fault);
+}
+
+// ---- the host
+
+void host(int fault) {
+  DeviceArray<int> sum(1);
+  launch("host", add_kernel, 1, fault == 1 ? 2048 : 32, fault == 2 ? 300 * 1024 : 0, nullptr,
+         sum.data(), 0);
+  if (fault == 3) *sum.data() = 0;
+}
+
+const Case cases[] = {
+    {"reverse", reverse},     {"divergent", divergent},
+    {"warp exchange", warp_exchange}, {"hand over", hand_over},
+    {"warp sum", warp_sum},   {"bounds", bounds},
+    {"add", add},             {"last block", last_block, 3},
+    {"chain", chain},         {"stage", stage},
+    {"host", host},
+};
+
+}  // namespace
+}  // namespace statescan::tests
+
+STATESCAN_CASES(faults, statescan::tests::cases)
