@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "bindings/causal_conv1d.h"
 #include "bindings/device.h"
 #include "bindings/segments.h"
 #include "bindings/tensor.h"
@@ -14,47 +15,6 @@ namespace {
 
 using namespace causal_conv1d;  // FwdParams, BwdParams, ...
 
-// The operands that forward and backward share.
-struct Operands {
-  const Tensor &x, &weight;
-  const OptionalTensor &bias, &initial_state, &seq_idx, &cu_seqlens;
-};
-
-Mode mode_of(const std::string& name, int64_t width) {
-  if (name == "causal") return Mode::kCausal;
-  if (name == "anticausal") return Mode::kAnticausal;
-  if (name != "same") fail("mode must be causal, anticausal or same, got " + name);
-  if (width % 2 == 0) {
-    fail("mode same needs a centre: width must be odd, got " + std::to_string(width));
-  }
-  return Mode::kSame;
-}
-
-void check_weight(const Tensor& weight, const OptionalTensor& bias, int64_t dim) {
-  check_dim("weight", weight, "(dim, width)", 2);
-  check_shape("weight", weight, "(dim, width)", {dim, weight.size(1)});
-  if (weight.size(1) < 1) {
-    fail("weight must have shape (dim, width) with width of at least 1, got width = 0");
-  }
-  if (bias) check_shape("bias", *bias, "(dim)", {dim});
-}
-
-// Sizes and flags from the operands, all of them checked.
-Problem check(const Operands& o, bool silu, const std::string& mode) {
-  check_dim("x", o.x, "(batch, dim, seqlen)", 3);
-  Problem p{};
-  p.batch = o.x.size(0), p.dim = o.x.size(1), p.seqlen = o.x.size(2);
-  check_weight(o.weight, o.bias, p.dim);
-  p.width = o.weight.size(1);
-  p.mode = mode_of(mode, p.width);
-  p.silu = silu;
-  p.compute = compute_dtype({{"x", &o.x},
-                             {"weight", &o.weight},
-                             {"bias", pointer(o.bias)},
-                             {"initial_state", pointer(o.initial_state)}});
-  return p;
-}
-
 Sequences find_sequences(const Operands& o, const Problem& p) {
   const char* symbols = o.cu_seqlens ? "(sequence, dim, width - 1)" : "(batch, dim, width - 1)";
   if (o.initial_state) check_dim("initial_state", *o.initial_state, symbols, 3);
@@ -64,13 +24,6 @@ Sequences find_sequences(const Operands& o, const Problem& p) {
     check_shape("initial_state", *o.initial_state, symbols, {found.slots, p.dim, p.width - 1});
   }
   return found;
-}
-
-void check_no_state(const Problem& p, const OptionalTensor& initial_state,
-                    bool return_final_state) {
-  if (p.mode != Mode::kSame) return;
-  if (initial_state) fail("mode same has no initial_state: it sees both ends of the sequence");
-  if (return_final_state) fail("mode same has no final state: it sees both ends of the sequence");
 }
 
 // Taps and bias of every channel, as the kernels read them.
@@ -87,15 +40,6 @@ Tensor filter_of(const Operands& o, const Problem& p) {
   return filter;
 }
 
-// What both x and initial_state fit in.
-ScalarType state_dtype(const Tensor& x, const OptionalTensor& initial_state) {
-  const ScalarType dtype = x.scalar_type();
-  if (!initial_state || initial_state->scalar_type() == dtype) return dtype;
-  const bool wide =
-      dtype == ScalarType::Double || initial_state->scalar_type() == ScalarType::Double;
-  return wide ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor> causal_conv1d_fwd(const Tensor& x, const Tensor& weight,
                                              const OptionalTensor& bias,
                                              const OptionalTensor& initial_state,
@@ -105,7 +49,7 @@ std::tuple<Tensor, Tensor> causal_conv1d_fwd(const Tensor& x, const Tensor& weig
                                              bool return_final_state) {
   const Operands o{x, weight, bias, initial_state, seq_idx, cu_seqlens};
   FwdParams p{};
-  static_cast<Problem&>(p) = check(o, silu, mode);
+  static_cast<Shape&>(p) = check(o, silu, mode);
   check_no_state(p, initial_state, return_final_state);
   const Sequences found = find_sequences(o, p);
   p.segments = &found.segments;
@@ -154,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
     const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens, bool silu, std::string mode) {
   const Operands o{x, weight, bias, initial_state, seq_idx, cu_seqlens};
   BwdParams p{};
-  static_cast<Problem&>(p) = check(o, silu, mode);
+  static_cast<Shape&>(p) = check(o, silu, mode);
   check_no_state(p, initial_state, dfinal_state.has_value());
   const Sequences found = find_sequences(o, p);
   p.segments = &found.segments;

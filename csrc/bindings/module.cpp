@@ -30,7 +30,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("build_type") = STATESCAN_BUILD_TYPE;
   m.attr("torch_headers") = STATESCAN_TORCH_VERSION;
   m.attr("sanitizers") = STATESCAN_SANITIZERS;
+#if defined(STATESCAN_CUDA)
+  m.attr("cuda") = STATESCAN_CUDA;  // compiler and architectures
+#else
   m.attr("cuda") = py::none();  // no CUDA kernels in this build
+#endif
   statescan::bindings::add_ceilings(m);
   statescan::isa();  // an unknown STATESCAN_ISA fails here, at import
 }

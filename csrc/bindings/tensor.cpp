@@ -33,6 +33,16 @@ void check_dim(const char* name, const Tensor& t, const char* symbols, int64_t d
   }
 }
 
+void check_same_device(const char* name, const Tensor& t, const Tensor& like) {
+  const bool both_cpu = t.is_cpu() && like.is_cpu();
+  if (both_cpu || (t.is_cuda() && like.is_cuda() &&
+                   t.get_device_index() == like.get_device_index())) {
+    return;
+  }
+  fail(std::string(name) + " must be on the " + (like.is_cpu() ? "CPU" : "device") +
+       " like the other tensors");
+}
+
 void check_cpu(const char* name, const Tensor& t) {
   if (!t.is_cpu()) fail(std::string(name) + " must be on the CPU like the other tensors");
 }
@@ -61,7 +71,7 @@ DType compute_dtype(std::initializer_list<std::pair<const char*, const Tensor*>>
   DType compute = DType::kFloat32;
   for (const auto& [name, t] : tensors) {
     if (t == nullptr) continue;
-    check_cpu(name, *t);
+    check_same_device(name, *t, *tensors.begin()->second);
     if (float_dtype(name, *t) == DType::kFloat64) compute = DType::kFloat64;
   }
   return compute;

@@ -32,13 +32,15 @@ Sizes sizes_of(const Tensor& t);
 void check_shape(const char* name, const Tensor& t, const char* symbols, const Sizes& expected);
 void check_dim(const char* name, const Tensor& t, const char* symbols, int64_t dim);
 void check_cpu(const char* name, const Tensor& t);
+// fail unless both are on the CPU, or on the same GPU.
+void check_same_device(const char* name, const Tensor& t, const Tensor& like);
 
 // fail unless the dtype is one of the four floating-point types.
 DType float_dtype(const char* name, const Tensor& t);
 ScalarType scalar_type(DType dtype);
 
 // The type to compute in: kFloat64 if any of these tensors is, else kFloat32. Null: absent. fail unless
-// all of them are on the CPU.
+// all of them are on the device of the first, which is there.
 DType compute_dtype(std::initializer_list<std::pair<const char*, const Tensor*>> tensors);
 inline const Tensor* pointer(const OptionalTensor& t) { return t ? &*t : nullptr; }
 

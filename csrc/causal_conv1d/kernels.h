@@ -5,14 +5,13 @@
 #include <initializer_list>
 #include <vector>
 
+#include "causal_conv1d/shape.h"
 #include "common/host_device.h"
 #include "common/isa.h"
 #include "common/segments.h"
 #include "common/view.h"
 
 namespace statescan::causal_conv1d {
-
-enum class Mode : int8_t { kCausal, kAnticausal, kSame };
 
 // How the operands lie in memory, which decides what the lanes of a vector are.
 enum class Layout : int8_t {
@@ -32,22 +31,13 @@ struct Piece {
 // A task of a kernel is a piece (or a group of pieces) times a block of channels. Tasks follow from
 // the shape alone, never from the number of threads or the instruction set, and so does the order
 // of every sum over tasks.
-struct Problem {
-  int64_t batch, dim, seqlen, width;
-  Mode mode;
-  bool silu;
-  DType compute;  // kFloat32 or kFloat64
+struct Problem : Shape {
   Layout layout;
   const Segments* segments;
   const std::vector<Piece>* pieces;
   int64_t block_units;  // channels of a task, in units
   const void* filter;   // (width + 1, filter_pitch): taps in order of time, then bias; compute type
 
-  // Padding of a sequence, see equations.h.
-  STATESCAN_HOST_DEVICE int64_t left() const {
-    return mode == Mode::kCausal ? width - 1 : mode == Mode::kSame ? (width - 1) / 2 : 0;
-  }
-  STATESCAN_HOST_DEVICE int64_t right() const { return width - 1 - left(); }
   // Whole vectors may be read from any channel on.
   STATESCAN_HOST_DEVICE int64_t filter_pitch() const {
     return (dim + kUnit - 1) / kUnit * kUnit + kUnit;

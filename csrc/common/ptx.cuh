@@ -38,6 +38,18 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
+// max(x, low) and min(x, high), where NaN stays NaN.
+__device__ __forceinline__ float at_least(float x, float low) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(low));
+  return y;
+}
+__device__ __forceinline__ float at_most(float x, float high) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(high));
+  return y;
+}
+
 // Two floats as bfloat16 or float16, rounded to nearest even, `low` in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t pair;

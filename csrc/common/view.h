@@ -9,7 +9,7 @@ namespace statescan {
 
 enum class DType : int8_t { kFloat32, kFloat16, kBFloat16, kFloat64 };
 
-inline constexpr int64_t element_bytes(DType dtype) {
+STATESCAN_HOST_DEVICE constexpr int64_t element_bytes(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
@@ -20,7 +20,7 @@ struct View {
   DType dtype = DType::kFloat32;
   int64_t stride[kRank] = {};
 
-  explicit operator bool() const { return data != nullptr; }
+  STATESCAN_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
 // The part of a tensor that a tile reads or writes: rows (channels or states) against time.
@@ -30,11 +30,11 @@ struct Plane {
   int64_t row_stride = 0;   // elements from one row to the next
   int64_t time_stride = 0;  // elements from one time step to the next
 
-  Plane shifted(int64_t elements) const {
+  STATESCAN_HOST_DEVICE Plane shifted(int64_t elements) const {
     return {static_cast<char*>(data) + elements * element_bytes(dtype), dtype, row_stride,
             time_stride};
   }
-  Plane at(int64_t row, int64_t time) const {
+  STATESCAN_HOST_DEVICE Plane at(int64_t row, int64_t time) const {
     return shifted(row * row_stride + time * time_stride);
   }
 };

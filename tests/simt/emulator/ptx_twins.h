@@ -10,6 +10,9 @@ inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.
 inline float ex2(float x) { return flush(std::exp2(flush(x))); }
 inline float rcp(float x) { return flush(1.0f / flush(x)); }
 
+inline float at_least(float x, float low) { return x < low ? low : x; }
+inline float at_most(float x, float high) { return x > high ? high : x; }
+
 inline uint32_t pack_bf16(float low, float high) {
   return from_float<BFloat16>(low).bits | uint32_t(from_float<BFloat16>(high).bits) << 16;
 }

@@ -1,0 +1,37 @@
+#include "bindings/stream.h"
+
+#include <dlfcn.h>
+
+#include <stdexcept>
+
+namespace statescan::bindings {
+namespace {
+
+using GetStream = int32_t (*)(int32_t device, void** stream);
+
+// In torch's CUDA library, which a torch for the CPU does not have: so it is looked for when a tensor
+// on a GPU shows that it must be there, and this library does not link to it.
+GetStream find_get_stream() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* found = dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+  if (found == nullptr) {
+    throw std::runtime_error(
+        "statescan cannot find torch's current CUDA stream: libtorch_cuda.so is not loaded, or has "
+        "no aoti_torch_get_current_cuda_stream");
+  }
+  return reinterpret_cast<GetStream>(found);
+}
+
+}  // namespace
+
+cudaStream_t current_stream(int32_t device) {
+  static const GetStream get_stream = find_get_stream();
+  void* stream = nullptr;
+  if (get_stream(device, &stream) != 0) {
+    throw std::runtime_error("torch has no current CUDA stream for device " +
+                             std::to_string(device));
+  }
+  return static_cast<cudaStream_t>(stream);
+}
+
+}  // namespace statescan::bindings

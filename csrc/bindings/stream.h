@@ -1,0 +1,42 @@
+// The stream that torch's current work on a tensor's device goes to. Only in CUDA bindings.
+#pragma once
+
+#include "bindings/tensor.h"
+#include "common/cuda.h"
+
+#if !defined(STATESCAN_SIMT)
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+// The dispatch key that CUDA bindings register for. The emulator calls them with tensors of the CPU by
+// way of a key that no one else uses, see tests/simt/emulator.py.
+#if defined(STATESCAN_SIMT)
+#define STATESCAN_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(statescan, PrivateUse1, m)
+#else
+#define STATESCAN_CUDA_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(statescan, CUDA, m)
+#endif
+
+namespace statescan::bindings {
+
+#if defined(STATESCAN_SIMT)
+
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+  cudaStream_t stream = nullptr;
+};
+
+#else
+
+cudaStream_t current_stream(int32_t device);
+
+// Makes the tensor's device the current one for as long as this lives.
+struct OnDevice {
+  explicit OnDevice(const Tensor& t)
+      : guard(t.get_device_index()), stream(current_stream(t.get_device_index())) {}
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+};
+
+#endif
+
+}  // namespace statescan::bindings

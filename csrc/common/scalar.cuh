@@ -1,0 +1,45 @@
+// The mathematics of one number, for CUDA kernels: what vector_math.h is for vectors on the CPU.
+// float: within about 2 units in the last place. double: the library, for gradient checks.
+#pragma once
+
+#include <cmath>
+
+#include "common/host_device.h"
+#include "common/ptx.cuh"
+
+namespace statescan {
+
+// e^x for x in [-105, 89], or NaN, by one ex2. x log2(e) is rounded before it is an exponent, which for large x alone would cost
+// six bits; what was rounded off multiplies the result.
+__device__ __forceinline__ float exp_within(float x) {
+  constexpr float kLog2e = 1.44269504f, kLog2eLow = 1.92596303e-8f, kLn2 = 0.693147181f;
+  const float exponent = x * kLog2e;
+  const float rest = std::fma(x, kLog2eLow, std::fma(x, kLog2e, -exponent));
+  const float e = ptx::ex2(exponent);
+  return std::fma(e, rest * kLn2, e);
+}
+
+// Beyond these bounds the result is 0 or infinity.
+__device__ __forceinline__ float exp(float x) {
+  return exp_within(ptx::at_most(ptx::at_least(x, -105.0f), 89.0f));
+}
+__device__ __forceinline__ double exp(double x) { return std::exp(x); }
+
+// e^87 keeps the reciprocal normal; sigmoid(-87) is 2e-38 and x sigmoid(x) no better than 0.
+__device__ __forceinline__ float sigmoid(float x) {
+  return ptx::rcp(1.0f + exp_within(ptx::at_most(ptx::at_least(-x, -105.0f), 87.0f)));
+}
+__device__ __forceinline__ double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+template <class R>
+__device__ __forceinline__ R silu(R x) {
+  return x * sigmoid(x);
+}
+
+// d silu / dx, where s = sigmoid(x).
+template <class R>
+__device__ __forceinline__ R silu_slope(R x, R s) {
+  return s * (1 + x * (1 - s));
+}
+
+}  // namespace statescan
