@@ -32,6 +32,7 @@ __device__ __forceinline__ R padded_input(const FwdParams& p, const Run& run, in
   const View<3>& state = p.initial_state;
   if (!state || run.slot < 0) return R(0);
   const int64_t i = t < run.begin ? t - run.begin + p.width - 1 : t - run.end;
+  if (i < 0 || i >= p.width - 1) return R(0);  // only where offsets of sequences make no sense
   return load_element<R>(
       state.data, state.dtype,
       run.slot * state.stride[0] + c * state.stride[1] + i * state.stride[2]);

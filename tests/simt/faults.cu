@@ -15,6 +15,7 @@ constexpr unsigned kAll = 0xffffffffu;
 struct Row {
   SharedArray<int, 64> x;
   int after;
+  float4 vector;
 };
 
 // ---- barriers
@@ -123,7 +124,7 @@ __global__ void bounds_kernel(const float* x, float* y, int n, int fault) {
   if (t < n || (fault == 3 && t == n)) y[t] = 2 * x[fault == 4 ? t + 1 : t];
   if (fault == 5 && t == 0) y[-1] = 0;
   if (fault == 6) y[t % n] += float(s.after);
-  if (fault == 7 && t == 0) *reinterpret_cast<float4*>(y) = *reinterpret_cast<const float4*>(x + 1);
+  if (fault == 7 && t == 0) s.vector = *reinterpret_cast<const float4*>(x + 1);
   if (fault == 8 && t == 0) *reinterpret_cast<float*>(uintptr_t(n) * 64) = 0;  // no memory
 }
 

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from statescan import _C
+
 FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 
 NO_CUDA = (
-    "this build of statescan has no CUDA kernels, and the tensors are on {device}; move them to "
-    "the CPU (nothing falls back to slow code in silence), or see `python -m statescan` for what "
-    "was built and README.md for how to build it"
+    "{lack}, and the tensors are on {device}; move them to the CPU (nothing falls back to slow code "
+    "in silence), or see `python -m statescan` for what was built and README.md for how to build it"
 )
 
 
@@ -46,12 +47,17 @@ def no_vmap(name: str) -> None:
 
 
 def no_kernel_on(name: str, *devices: str) -> None:
-    """Makes a call with tensors of these devices an error, not a silent detour."""
+    """Makes a call with tensors of these devices an error, not a silent detour; where the library
+    has a kernel for the device, there is nothing to do."""
+    lack = "this build of statescan has no CUDA kernels"
+    if _C.cuda is not None:
+        lack = "statescan has no CUDA kernel for this operator yet"
 
     def kernel(*args, **kwargs):
         tensors = (a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         device = next(tensors).device
-        raise NotImplementedError(f"statescan::{name}: " + NO_CUDA.format(device=device))
+        raise NotImplementedError(f"statescan::{name}: " + NO_CUDA.format(lack=lack, device=device))
 
     for device in devices:
-        torch.library.impl(f"statescan::{name}", device, kernel)
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"statescan::{name}", device):
+            torch.library.impl(f"statescan::{name}", device, kernel)

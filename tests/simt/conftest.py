@@ -1,0 +1,6 @@
+"""The operators' own tests lend their samples and comparisons."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
