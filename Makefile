@@ -4,6 +4,7 @@
 # make dev        compile into the source tree, for working on it (see CONTRIBUTING.md)
 # make sanitize   run the tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint       check formatting and common mistakes
+# make ptxas      compile the CUDA kernels for sm_80 and sm_90a: registers, spills, occupancy
 # make format     put Python and C++ into the one format
 # make wheel      build dist/statescan-*.whl
 #
@@ -28,9 +29,10 @@ ISAS  = $$($(PY) -c 'import statescan; print(*statescan._C.supported_isas())')
 demo test sanitize: export OMP_WAIT_POLICY ?= passive
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python tools -type f \
-             \( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' \))
+             \( -name '*.py' -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+                -o -name '*.cmake' \))
 
-.PHONY: demo test bench dev sanitize lint format wheel
+.PHONY: demo test bench dev sanitize lint ptxas format wheel
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.statescan $(VENV)/.statescan-examples
@@ -43,8 +45,10 @@ demo: $(VENV)/.statescan $(VENV)/.statescan-examples
 test: $(VENV)/.statescan $(VENV)/.statescan-tests
 	@set -e; for isa in $(ISAS); do \
 	  echo "== all tests, with the kernels for $$isa"; \
-	  STATESCAN_ISA=$$isa $(PY) -m pytest $(PYTEST) tests; \
+	  STATESCAN_ISA=$$isa $(PY) -m pytest $(PYTEST) tests --ignore=tests/simt; \
 	done
+	@echo "== the CUDA kernels, on the emulator"
+	@$(PY) -m pytest $(PYTEST) tests/simt
 
 bench: $(VENV)/.statescan
 	@$(PY) -m statescan.bench $(BENCH)
@@ -66,21 +70,26 @@ dev: $(VENV)/.statescan-dev
 # and Python leave allocated at exit is not looked at.
 SANITIZE = build/sanitize
 sanitize: $(VENV)/.statescan-dev
-	@$(CMAKE) -B $(SANITIZE) -DSTATESCAN_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release
+	@$(CMAKE) -B $(SANITIZE) -DSTATESCAN_SANITIZE=ON -DSTATESCAN_CUDA=OFF \
+	  -DCMAKE_BUILD_TYPE=Release
 	@PATH="$(VENV)/bin:$$PATH" ninja -C $(SANITIZE)
 	@rm -rf $(SANITIZE)/package && mkdir $(SANITIZE)/package
 	@cp -r python/statescan $(SANITIZE)/package && rm -f $(SANITIZE)/package/statescan/*.so
 	@cp $(SANITIZE)/_C*.so $(SANITIZE)/package/statescan
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  PYTHONPATH=$(SANITIZE)/package $(PY) -m pytest $(PYTEST) tests
+	  PYTHONPATH=$(SANITIZE)/package $(PY) -m pytest $(PYTEST) tests --ignore=tests/simt
 
-CXX_FILES = $$(find csrc -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+CXX_FILES = $$(find csrc tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 lint: $(VENV)/.statescan-dev
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	@$(PY) tests/simt/rules.py
+
+ptxas: $(PY)
+	@$(PY) tools/check_ptxas.py
 
 format: $(VENV)/.statescan-dev
 	@$(VENV)/bin/ruff check --fix-only .

@@ -31,9 +31,12 @@ as_released = pytest.mark.skipif(
 # What statescan may use of torch: the C functions of the stable ABI that torch 2.10 has.
 STABLE_TORCH = {
     "aoti_torch_abi_version",
+    "aoti_torch_create_device_guard",
+    "aoti_torch_delete_device_guard",
     "aoti_torch_delete_library_object",
     "aoti_torch_delete_tensor_object",
     "aoti_torch_device_type_cpu",
+    "aoti_torch_device_type_cuda",
     "aoti_torch_get_current_cuda_stream",
     "aoti_torch_get_data_ptr",
     "aoti_torch_get_device_index",
@@ -135,6 +138,7 @@ def test_library_finds_its_dependencies_without_paths():
     entries = list(elf.dynamic(_C.__file__))
     assert ("needed", "libtorch_cpu.so") in entries
     assert [entry for entry in entries if entry[0] != "needed" or "/" in entry[1]] == []
+    assert [name for kind, name in entries if "cuda" in name or "cudart" in name] == []
 
 
 @as_released

@@ -42,8 +42,7 @@ Shape check(const Operands& o, bool silu, const std::string& mode) {
   return p;
 }
 
-void check_no_state(const Shape& p, const OptionalTensor& initial_state,
-                    bool return_final_state) {
+void check_no_state(const Shape& p, const OptionalTensor& initial_state, bool return_final_state) {
   if (p.mode != Mode::kSame) return;
   if (initial_state) fail("mode same has no initial_state: it sees both ends of the sequence");
   if (return_final_state) fail("mode same has no final state: it sees both ends of the sequence");

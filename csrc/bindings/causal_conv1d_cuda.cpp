@@ -15,9 +15,8 @@ using namespace causal_conv1d;  // Shape, cuda::FwdParams, ...
 DeviceSequences find_sequences(const Operands& o, const Shape& p, bool return_final_state) {
   const char* symbols = o.cu_seqlens ? "(sequence, dim, width - 1)" : "(batch, dim, width - 1)";
   if (o.initial_state) check_dim("initial_state", *o.initial_state, symbols, 3);
-  DeviceSequences found =
-      device_sequences(o.x, p.batch, p.seqlen, o.seq_idx, o.cu_seqlens,
-                       (o.initial_state || return_final_state) && p.width > 1);
+  DeviceSequences found = device_sequences(o.x, p.batch, p.seqlen, o.seq_idx, o.cu_seqlens,
+                                           (o.initial_state || return_final_state) && p.width > 1);
   if (o.initial_state) {
     check_shape("initial_state", *o.initial_state, symbols,
                 {found.sequences.slots(), p.dim, p.width - 1});

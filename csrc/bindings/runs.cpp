@@ -40,8 +40,8 @@ DeviceSequences device_sequences(const Tensor& like, int64_t batch, int64_t seql
     check_shape("seq_idx", *seq_idx, "(batch, seqlen)", {batch, seqlen});
     s.ids = index_view("seq_idx", *seq_idx, like);
     if (with_states && batch > 0) {
-      found.ends = empty(like, {batch, int64_t(sizeof(RunEnds) / sizeof(int64_t))},
-                         ScalarType::Long);
+      found.ends =
+          empty(like, {batch, int64_t(sizeof(RunEnds) / sizeof(int64_t))}, ScalarType::Long);
       s.ends = static_cast<RunEnds*>(found.ends->data_ptr());
     }
   }

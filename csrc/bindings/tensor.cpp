@@ -35,8 +35,8 @@ void check_dim(const char* name, const Tensor& t, const char* symbols, int64_t d
 
 void check_same_device(const char* name, const Tensor& t, const Tensor& like) {
   const bool both_cpu = t.is_cpu() && like.is_cpu();
-  if (both_cpu || (t.is_cuda() && like.is_cuda() &&
-                   t.get_device_index() == like.get_device_index())) {
+  if (both_cpu ||
+      (t.is_cuda() && like.is_cuda() && t.get_device_index() == like.get_device_index())) {
     return;
   }
   fail(std::string(name) + " must be on the " + (like.is_cpu() ? "CPU" : "device") +

@@ -39,8 +39,8 @@ struct Taps {
       for (int c = 0; c < kVec; ++c) {
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) {
-          w[k][c] = float(to_number(weight[(channel + c) * p.weight.stride[0] +
-                                           tap_index(p, k) * p.weight.stride[1]]));
+          w[k][c] = float(to_number(
+              weight[(channel + c) * p.weight.stride[0] + tap_index(p, k) * p.weight.stride[1]]));
         }
       }
     });
@@ -88,8 +88,7 @@ __global__ __launch_bounds__(kThreads, 3) void channel_last_kernel(const FwdPara
     const int64_t channel = group * kVec, begin = piece * kSteps;
     const int64_t end = begin + kSteps < p.seqlen ? begin + kSteps : p.seqlen;
     const int64_t channels = p.dim - channel < kVec ? p.dim - channel : kVec;
-    if (channels < kVec ||
-        !in_one_run(p.sequences, b, begin - p.left(), end + p.right())) {
+    if (channels < kVec || !in_one_run(p.sequences, b, begin - p.left(), end + p.right())) {
 #pragma unroll 1
       for (int64_t t = begin; t < end; ++t) {
 #pragma unroll 1
@@ -98,8 +97,8 @@ __global__ __launch_bounds__(kThreads, 3) void channel_last_kernel(const FwdPara
       continue;
     }
     const int64_t x_step = p.x.stride[2], y_step = p.y.stride[2];
-    const T* x = static_cast<const T*>(p.x.data) + b * p.x.stride[0] + channel +
-                 (begin - p.left()) * x_step;
+    const T* x =
+        static_cast<const T*>(p.x.data) + b * p.x.stride[0] + channel + (begin - p.left()) * x_step;
     T* y = static_cast<T*>(p.y.data) + b * p.y.stride[0] + channel + begin * y_step;
     Taps<kWidth, kVec> taps;
     taps.load(p, channel);
@@ -201,8 +200,7 @@ __global__ __launch_bounds__(kThreads, 4) void channel_first_kernel(const FwdPar
     const T* x = static_cast<const T*>(p.x.data) + b * p.x.stride[0] + c * p.x.stride[1];
     T* y = static_cast<T*>(p.y.data) + b * p.y.stride[0] + c * p.y.stride[1];
     const bool aligned = misalignment(x) == misalignment<T>(y);
-    const int64_t t0 =
-        (strip * (32 * kPacks) + threadIdx.x % 32) * kVec - misalignment(x);
+    const int64_t t0 = (strip * (32 * kPacks) + threadIdx.x % 32) * kVec - misalignment(x);
     auto time = [&](int i) { return t0 + i * 32 * kVec; };
 
     Neighbours<T> in[kPacks];
@@ -211,8 +209,7 @@ __global__ __launch_bounds__(kThreads, 4) void channel_first_kernel(const FwdPar
     for (int i = 0; i < kPacks; ++i) {
       const int64_t t = time(i), end = t + kVec;
       const bool with_before = p.left() > 0, with_after = p.right() > 0;
-      if (aligned && t >= (with_before ? kVec : 0) &&
-          end + (with_after ? kVec : 0) <= p.seqlen &&
+      if (aligned && t >= (with_before ? kVec : 0) && end + (with_after ? kVec : 0) <= p.seqlen &&
           in_one_run(p.sequences, b, t - p.left(), end + p.right())) {
         whole |= 1u << i;
         in[i].load(x + t, with_before, with_after);

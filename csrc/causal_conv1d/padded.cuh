@@ -33,14 +33,12 @@ __device__ __forceinline__ R padded_input(const FwdParams& p, const Run& run, in
   if (!state || run.slot < 0) return R(0);
   const int64_t i = t < run.begin ? t - run.begin + p.width - 1 : t - run.end;
   if (i < 0 || i >= p.width - 1) return R(0);  // only where offsets of sequences make no sense
-  return load_element<R>(
-      state.data, state.dtype,
-      run.slot * state.stride[0] + c * state.stride[1] + i * state.stride[2]);
+  return load_element<R>(state.data, state.dtype,
+                         run.slot * state.stride[0] + c * state.stride[1] + i * state.stride[2]);
 }
 
 template <class R>
-__device__ __forceinline__ void padded_output(const FwdParams& p, int64_t b, int64_t c,
-                                              int64_t t) {
+__device__ __forceinline__ void padded_output(const FwdParams& p, int64_t b, int64_t c, int64_t t) {
   const Run run = run_at(p.sequences, b, t, p.width - 1, p.mode == Mode::kAnticausal);
   R y = 0;
   if (run.begin < run.end) {  // not padding
@@ -52,8 +50,7 @@ __device__ __forceinline__ void padded_output(const FwdParams& p, int64_t b, int
     }
     y = activate(pre, p.silu);
   }
-  store_element(p.y.data, p.y.dtype,
-                b * p.y.stride[0] + c * p.y.stride[1] + t * p.y.stride[2], y);
+  store_element(p.y.data, p.y.dtype, b * p.y.stride[0] + c * p.y.stride[1] + t * p.y.stride[2], y);
 }
 
 }  // namespace statescan::causal_conv1d::cuda

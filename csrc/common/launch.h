@@ -30,15 +30,16 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
 #if defined(STATESCAN_SIMT)
   (void)stream;
   auto body = [&] { kernel(Parameters(arguments)...); };  // every thread has its own parameters
-  simt::run(name, dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes,
-            [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
+  simt::run(
+      name, dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes,
+      [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
 #else
   auto check = [&](cudaError_t error) { check_cuda(name, error, cudaGetErrorString(error)); };
   if (shared_bytes > 48 * 1024) {  // more than that has to be asked for
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   }
-  kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes, stream>>>(
+  kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes, stream> > >(
       Parameters(arguments)...);
   check(cudaGetLastError());
 #endif

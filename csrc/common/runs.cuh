@@ -33,10 +33,10 @@ struct RunEnds {
 
 struct Sequences {
   int64_t batch, seqlen;
-  int64_t count;       // sequences of cu_seqlens
-  IndexView offsets;   // (count + 1): cu_seqlens, or absent
-  IndexView ids;       // (batch, seqlen): seq_idx, or absent
-  RunEnds* ends;       // (batch), with ids where states are wanted, or null
+  int64_t count;      // sequences of cu_seqlens
+  IndexView offsets;  // (count + 1): cu_seqlens, or absent
+  IndexView ids;      // (batch, seqlen): seq_idx, or absent
+  RunEnds* ends;      // (batch), with ids where states are wanted, or null
 
   STATESCAN_HOST_DEVICE int64_t slots() const { return offsets ? count : batch; }
 };

@@ -35,9 +35,14 @@ void shuffles(int) {
   const std::vector<int> got = out.values();
   for (int l = 0; l < 32; ++l) {
     const int crossed = (l ^ 12) < l / 8 * 8 + 8 ? l ^ 12 : l;
-    const int want[] = {3 * ((l + 5) % 32), 3 * (l / 8 * 8 + 1), l >= 3 ? l - 3 : l,
-                        l % 16 >= 3 ? l - 3 : l, l + 3 < 32 ? l + 3 : l, l % 8 < 5 ? l + 3 : l,
-                        l ^ 5, crossed};
+    const int want[] = {3 * ((l + 5) % 32),
+                        3 * (l / 8 * 8 + 1),
+                        l >= 3 ? l - 3 : l,
+                        l % 16 >= 3 ? l - 3 : l,
+                        l + 3 < 32 ? l + 3 : l,
+                        l % 8 < 5 ? l + 3 : l,
+                        l ^ 5,
+                        crossed};
     for (int i = 0; i < 8; ++i) expect(got[i * 32 + l] == want[i], "a shuffle");
   }
 }
@@ -88,7 +93,8 @@ void votes(int) {
 __global__ void counts_kernel(int* out) {
   const int t = int(threadIdx.x);
   const int count = __syncthreads_count(t % 3 == 0);
-  out[t] = count + 1000 * (__syncthreads_and(t < 96) != 0) + 2000 * (__syncthreads_or(t == 95) != 0);
+  out[t] =
+      count + 1000 * (__syncthreads_and(t < 96) != 0) + 2000 * (__syncthreads_or(t == 95) != 0);
 }
 
 void counts(int) {
@@ -200,7 +206,9 @@ void matrices(int) {
     const std::vector<uint32_t> got = out.values();
     for (int i = 0; i < 128; ++i) {
       const int matrix = i / 32, row = i % 32 / 4, column = i % 4 * 2;
-      auto element = [&](int r, int c) { return uint32_t(matrix * 64 + (transposed ? c * 8 + r : r * 8 + c)); };
+      auto element = [&](int r, int c) {
+        return uint32_t(matrix * 64 + (transposed ? c * 8 + r : r * 8 + c));
+      };
       expect(got[i] == (element(row, column) | element(row, column + 1) << 16), "ldmatrix");
     }
   }
@@ -266,7 +274,7 @@ void pipeline(int) {
 
 // y = x through two stages of dynamic shared memory; a row beyond the end is zero.
 __global__ void staged_copy_kernel(const float* x, float* y, int rows, int whole) {
-  float(*stage)[128] = dynamic_shared<float[128]>();
+  float (*stage)[128] = dynamic_shared<float[128]>();
   const int t = int(threadIdx.x);
   auto load = [&](int row) {
     const int source_bytes = row < whole ? 16 : 0;

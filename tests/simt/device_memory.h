@@ -81,23 +81,23 @@ inline void expect(bool holds, const char* what) {
 }  // namespace statescan::tests
 
 // What the tests call: cases by number, in every file that has some.
-#define STATESCAN_CASES(prefix, cases)                                                        \
-  extern "C" {                                                                                \
+#define STATESCAN_CASES(prefix, cases)                                                          \
+  extern "C" {                                                                                  \
   __attribute__((visibility("default"))) int prefix##_count() { return int(std::size(cases)); } \
-  __attribute__((visibility("default"))) const char* prefix##_name(int i) {                   \
-    return cases[i].name;                                                                     \
-  }                                                                                           \
-  __attribute__((visibility("default"))) int prefix##_resident(int i) {                       \
-    return cases[i].resident;                                                                 \
-  }                                                                                           \
-  __attribute__((visibility("default"))) const char* prefix##_run(int i, int fault) {         \
-    static std::string error;                                                                 \
-    error.clear();                                                                            \
-    try {                                                                                     \
-      cases[i].run(fault);                                                                    \
-    } catch (const std::exception& e) {                                                       \
-      error = e.what();                                                                       \
-    }                                                                                         \
-    return error.c_str();                                                                     \
-  }                                                                                           \
+  __attribute__((visibility("default"))) const char* prefix##_name(int i) {                     \
+    return cases[i].name;                                                                       \
+  }                                                                                             \
+  __attribute__((visibility("default"))) int prefix##_resident(int i) {                         \
+    return cases[i].resident;                                                                   \
+  }                                                                                             \
+  __attribute__((visibility("default"))) const char* prefix##_run(int i, int fault) {           \
+    static std::string error;                                                                   \
+    error.clear();                                                                              \
+    try {                                                                                       \
+      cases[i].run(fault);                                                                      \
+    } catch (const std::exception& e) {                                                         \
+      error = e.what();                                                                         \
+    }                                                                                           \
+    return error.c_str();                                                                       \
+  }                                                                                             \
   }

@@ -76,7 +76,9 @@ def compile_one(source, object_file, flags):
         capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode != 0:
-        raise RuntimeError(f"{source.name} does not compile for the emulator:\n{done.stderr[:3000]}")
+        raise RuntimeError(
+            f"{source.name} does not compile for the emulator:\n{done.stderr[:3000]}"
+        )
 
 
 def link(library, objects, *flags):
@@ -109,7 +111,9 @@ def built():
     """The library of the present sources, built if this is the first to ask."""
     watched, machine = parts()
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout
-    name = fingerprint([p.read_text() for p in watched + machine] + FLAGS + WATCHED + [version, torch.__version__])
+    name = fingerprint(
+        [p.read_text() for p in watched + machine] + FLAGS + WATCHED + [version, torch.__version__]
+    )
     kept = Path(tempfile.gettempdir()) / f"statescan-simt-{os.getuid()}"
     folder = kept / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +169,9 @@ def run_case(prefix, name, fault=0, policy="forward", seed=0):
     lib, i = library(), cases(prefix).index(name)
     set_schedule(policy, seed, getattr(lib, f"{prefix}_resident")(i))
     lib.machine.simt_begin()
-    error = getattr(lib, f"{prefix}_run")(i, fault).decode() or lib.machine.simt_host_fault().decode()
+    error = (
+        getattr(lib, f"{prefix}_run")(i, fault).decode() or lib.machine.simt_host_fault().decode()
+    )
     if error:
         raise EmulatorError(with_lines(error))
 

@@ -207,7 +207,7 @@ void chain(int fault) {
 // ---- copies beside the thread
 
 __global__ void stage_kernel(const float* x, float* y, int fault) {
-  float(*stage)[32] = dynamic_shared<float[32]>();
+  float (*stage)[32] = dynamic_shared<float[32]>();
   const int t = int(threadIdx.x);
   for (int i = 0; i < 3; ++i) {
     if (t < 8) ptx::cp_async_16(&stage[i % 2][4 * t], x + 32 * i + 4 * t + (fault == 4));
@@ -234,11 +234,16 @@ void host(int fault) {
 }
 
 const Case cases[] = {
-    {"reverse", reverse},     {"divergent", divergent},
-    {"warp exchange", warp_exchange}, {"hand over", hand_over},
-    {"warp sum", warp_sum},   {"bounds", bounds},
-    {"add", add},             {"last block", last_block, 3},
-    {"chain", chain},         {"stage", stage},
+    {"reverse", reverse},
+    {"divergent", divergent},
+    {"warp exchange", warp_exchange},
+    {"hand over", hand_over},
+    {"warp sum", warp_sum},
+    {"bounds", bounds},
+    {"add", add},
+    {"last block", last_block, 3},
+    {"chain", chain},
+    {"stage", stage},
     {"host", host},
 };
 

@@ -1,8 +1,7 @@
 """The emulator itself: it computes what CUDA would, and finds every kind of fault."""
 
-import pytest
-
 import emulator
+import pytest
 from emulator import EmulatorError, run_case
 
 pytestmark = pytest.mark.skipif(
@@ -26,7 +25,10 @@ FAULTS = {
     ("divergent", 1): "divergent barrier: .*faults.cu",  # one warp at two barriers
     ("divergent", 2): "deadlock: no thread can go on",  # threads that leave too early
     ("warp exchange", 1): "read of uninitialised shared memory",  # no __syncwarp
-    ("hand over", 1): "deadlock|data race|uninitialised",  # writes before the slot is free: the count is off, too
+    (
+        "hand over",
+        1,
+    ): "deadlock|data race|uninitialised",  # writes too early
     ("hand over", 2): "data race on shared memory|uninitialised",  # reads before the slot is full
     ("warp sum", 1): "reads lane 16, which takes no part",  # a lane has returned
     ("warp sum", 2): "lanes of one mask .* are in different warp operations",
@@ -46,7 +48,10 @@ FAULTS = {
     ("chain", 1): "data race on global memory",  # the flag is stored without release
     ("chain", 2): "data race on global memory",  # and loaded without acquire
     ("stage", 1): "un-waited cp.async",
-    ("stage", 2): "data race on shared memory|uninitialised|un-waited",  # waited for, but only by the thread itself
+    (
+        "stage",
+        2,
+    ): "data race on shared memory|uninitialised|un-waited",  # waited for, but only by the thread itself
     ("stage", 3): "data race on shared memory",
     ("stage", 4): "misaligned cp.async",
     ("host", 1): "no such block size",

@@ -44,8 +44,8 @@ int block_barrier(int id, int count, bool wait, Reduce reduce, int predicate, Lo
   }
   Loc& first = barrier.at[thread.warp];
   if (barrier.present[thread.warp] != 0 && (first.line != loc.line || first.file != loc.file)) {
-    fail("divergent barrier: this thread is at %s, others of its warp at %s",
-         describe(loc).c_str(), describe(first).c_str());
+    fail("divergent barrier: this thread is at %s, others of its warp at %s", describe(loc).c_str(),
+         describe(first).c_str());
   }
   first = loc;
   barrier.expected = expected;

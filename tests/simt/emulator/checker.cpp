@@ -89,11 +89,12 @@ struct Where {
 
 [[noreturn]] void race(Where where, const Access& earlier, bool earlier_write, bool write,
                        uint32_t pc) {
-  fail("data race on %s memory at byte %zu: %s at pc:0x%x, %s%s by thread %u of block %u of the "
-       "grid at pc:0x%x, and nothing orders them",
-       where.space, where.offset, verb(write), pc,
-       earlier.kind & kInFlight ? "un-waited cp.async " : "", verb(earlier_write), earlier.thread,
-       earlier.block - launch_begin, earlier.pc);
+  fail(
+      "data race on %s memory at byte %zu: %s at pc:0x%x, %s%s by thread %u of block %u of the "
+      "grid at pc:0x%x, and nothing orders them",
+      where.space, where.offset, verb(write), pc,
+      earlier.kind & kInFlight ? "un-waited cp.async " : "", verb(earlier_write), earlier.thread,
+      earlier.block - launch_begin, earlier.pc);
 }
 
 class Touch {
@@ -108,9 +109,10 @@ class Touch {
   void operator()(Cell& cell, size_t offset) {
     const bool written = current(cell.write);
     if (shared_ && !write_ && !written) {
-      fail("read of uninitialised shared memory at byte %zu, pc:0x%x: no thread of the block "
-           "has written it",
-           offset, me_.pc);
+      fail(
+          "read of uninitialised shared memory at byte %zu, pc:0x%x: no thread of the block "
+          "has written it",
+          offset, me_.pc);
     }
     if (written && (conflicts(cell.write) || hidden(cell.write))) {
       race({space_, offset}, cell.write, true, write_, me_.pc);
@@ -188,8 +190,8 @@ SharedObject* shared_near(const Block& block, uintptr_t p) {
     fail("%s of %zu bytes at %p, pc:0x%x: neither shared nor global memory, nor this thread's",
          verb(write), bytes, reinterpret_cast<void*>(p), pc);
   }
-  fail("out of bounds: %s of %zu bytes at byte %ld of a buffer of %zu bytes, pc:0x%x",
-       verb(write), bytes, offset, of, pc);
+  fail("out of bounds: %s of %zu bytes at byte %ld of a buffer of %zu bytes, pc:0x%x", verb(write),
+       bytes, offset, of, pc);
 }
 
 Buffer* buffer_of(uintptr_t p, size_t bytes, uintptr_t& begin) {

@@ -62,7 +62,7 @@ struct BlockClocks {
   std::vector<uint32_t> by_lane;  // (warp, lane, lane)
   std::vector<uint32_t> by_warp;  // (warp, thread), empty before a barrier of some warps
   std::vector<SharedKnowledge> known;
-  std::vector<SharedKnowledge> fenced;   // at the last fence: what a relaxed store then publishes
+  std::vector<SharedKnowledge> fenced;    // at the last fence: what a relaxed store then publishes
   std::vector<SharedKnowledge> glimpsed;  // by relaxed loads: known after the next fence
 
   void reset(int count);

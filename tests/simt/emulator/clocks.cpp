@@ -84,7 +84,8 @@ void BlockClocks::sync_lanes(unsigned warp, unsigned lanes) {
   only_here[warp] = lanes;
   uint32_t joint[kLanes] = {};
   each_thread(threads, only_here, [&](size_t, size_t t) {
-    for (size_t u = 0; u < kLanes; ++u) joint[u] = std::max(joint[u], seen[t % kLanes * kLanes + u]);
+    for (size_t u = 0; u < kLanes; ++u)
+      joint[u] = std::max(joint[u], seen[t % kLanes * kLanes + u]);
   });
   each_thread(threads, only_here, [&](size_t, size_t t) { joint[t % kLanes] = clock[t]++; });
   each_thread(threads, only_here, [&](size_t, size_t t) {

@@ -22,8 +22,8 @@ char* new_arena(size_t bytes) {
     unused.pop_back();
     return arena;
   }
-  void* memory = mmap(nullptr, bytes + 2 * kPage, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      mmap(nullptr, bytes + 2 * kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   return static_cast<char*>(memory);
 }
@@ -55,7 +55,9 @@ void copy_device_memory(void* to, const void* from, size_t bytes) { memcpy(to, f
 // ---- cp.async: the data arrive when they are waited for, and not before
 
 void copy_async(void* to, const void* from, int bytes, int source_bytes, Loc loc) {
-  const auto misaligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes != 0; };
+  const auto misaligned = [&](const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % bytes != 0;
+  };
   if (misaligned(to) || (source_bytes > 0 && misaligned(from))) {
     fail("%s: a misaligned cp.async of %d bytes", describe(loc).c_str(), bytes);
   }

@@ -146,8 +146,7 @@ void start_thread(Block& block, unsigned linear, dim3 block_dim, dim3 grid, uint
   block.thread.push_back(thread);
 }
 
-std::unique_ptr<Block> start_block(unsigned index, dim3 grid, dim3 block_dim,
-                                   size_t shared_bytes) {
+std::unique_ptr<Block> start_block(unsigned index, dim3 grid, dim3 block_dim, size_t shared_bytes) {
   auto block = std::make_unique<Block>();
   block->threads = block->live = int(block_dim.x * block_dim.y * block_dim.z);
   block->warps = (block->threads + int(kLanes) - 1) / int(kLanes);
@@ -227,9 +226,9 @@ const char* launch_error(dim3 grid, dim3 block, size_t shared_bytes) {
 
 std::string describe(const Place& p) {
   char text[160];
-  snprintf(text, sizeof(text), "block (%u,%u,%u) thread (%u,%u,%u), warp %u lane %u",
-           p.block_idx.x, p.block_idx.y, p.block_idx.z, p.thread_idx.x, p.thread_idx.y,
-           p.thread_idx.z, p.warp, p.lane);
+  snprintf(text, sizeof(text), "block (%u,%u,%u) thread (%u,%u,%u), warp %u lane %u", p.block_idx.x,
+           p.block_idx.y, p.block_idx.z, p.thread_idx.x, p.thread_idx.y, p.thread_idx.z, p.warp,
+           p.lane);
   return text;
 }
 
@@ -296,8 +295,7 @@ void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*bo
   machine.body = body, machine.closure = closure;
   machine.report.clear();
   machine.spins = 0, machine.turn = 0;
-  machine.spin_limit =
-      20000 + 200ul * block.x * block.y * block.z * unsigned(schedule.resident);
+  machine.spin_limit = 20000 + 200ul * block.x * block.y * block.z * unsigned(schedule.resident);
   run_blocks(block_order(unsigned(blocks)), grid, block, shared_bytes);
   while (!machine.resident.empty()) end_block(0);
   here = nullptr;

@@ -112,7 +112,8 @@ T read_modify_write(T* p, F f) {
   auto* bits = reinterpret_cast<Bits*>(p);
   Bits before = __atomic_load_n(bits, __ATOMIC_RELAXED);
   Bits after = Bits(to_bits(T(f(from_bits<T>(before)))));
-  __atomic_exchange_n(bits, after, __ATOMIC_RELAXED);  // nothing came between: fibers do not preempt
+  __atomic_exchange_n(bits, after,
+                      __ATOMIC_RELAXED);  // nothing came between: fibers do not preempt
   yield(false);
   return from_bits<T>(before);
 }

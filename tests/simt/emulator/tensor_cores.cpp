@@ -84,8 +84,7 @@ void distribute(void* const* lanes) {
   }
 }
 
-void load_matrices(simt::WarpFunction f, uint32_t (&r)[4], const void* row,
-                          simt::Loc loc) {
+void load_matrices(simt::WarpFunction f, uint32_t (&r)[4], const void* row, simt::Loc loc) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("ldmatrix: a misaligned row");
   simt::check_access(row, 16, false);
   MatrixRow arguments{r, static_cast<const char*>(row)};
@@ -94,17 +93,15 @@ void load_matrices(simt::WarpFunction f, uint32_t (&r)[4], const void* row,
 }  // namespace
 
 void mma_16x8x16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             simt::Loc loc) {
+                      simt::Loc loc) {
   Fragments f{d, a, b};
   simt::warp_collective(&multiply_16_bit<BFloat16>, "mma bf16", ~0u, &f, loc);
 }
-void mma_16x8x16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                            simt::Loc loc) {
+void mma_16x8x16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], simt::Loc loc) {
   Fragments f{d, a, b};
   simt::warp_collective(&multiply_16_bit<Half>, "mma f16", ~0u, &f, loc);
 }
-void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                            simt::Loc loc) {
+void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], simt::Loc loc) {
   Fragments f{d, a, b};
   simt::warp_collective(&multiply_tf32, "mma tf32", ~0u, &f, loc);
 }
