@@ -39,9 +39,10 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   }
-  kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), shared_bytes, stream> > >(
-      Parameters(arguments)...);
-  check(cudaGetLastError());
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 #endif
 }
 
