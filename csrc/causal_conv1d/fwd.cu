@@ -27,28 +27,6 @@ constexpr int kThreads = 128;
 constexpr int kRows = 8;    // loaded together: 8 x 16 bytes of each thread are on their way
 constexpr int kSteps = 64;  // of a thread: the width - 1 rows before them are 5 % more to read
 
-// Taps in order of time, and bias, of kVec channels.
-template <int kWidth, int kVec>
-struct Taps {
-  float w[kWidth][kVec], bias[kVec];
-
-  __device__ __forceinline__ void load(const FwdParams& p, int64_t channel) {
-    with_device_type(p.weight.dtype, [&](auto* type) {  // once for all of them
-      const auto* weight = static_cast<const std::remove_pointer_t<decltype(type)>*>(p.weight.data);
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) {
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) {
-          w[k][c] = float(to_number(
-              weight[(channel + c) * p.weight.stride[0] + tap_index(p, k) * p.weight.stride[1]]));
-        }
-      }
-    });
-#pragma unroll
-    for (int c = 0; c < kVec; ++c) bias[c] = load_bias<float>(p, channel + c);
-  }
-};
-
 // kCount outputs of kVec channels from time t on. `seen` is the kWidth - 1 inputs before the newest
 // that the first of them sees, and is moved on.
 template <int kCount, class T, int kWidth, int kVec>
@@ -275,30 +253,6 @@ __global__ __launch_bounds__(kThreads) void final_state_kernel(const FwdParams p
 }
 
 // ---- launches
-
-template <class F>
-void with_fast_width(int64_t width, F&& f) {
-  switch (width) {
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-  }
-}
-
-template <class F>
-void with_fast_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(static_cast<float*>(nullptr));
-    case DType::kFloat16: return f(static_cast<Half*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
-    case DType::kFloat64: return;
-  }
-}
-
-bool starts_aligned(const View<3>& x, int64_t pack) {
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride[0] % pack == 0 &&
-         x.stride[2] % pack == 0;
-}
 
 template <class T, int kWidth, int kVec>
 void launch_channel_last(const FwdParams& p, cudaStream_t stream) {

@@ -55,24 +55,26 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, int64_t o
   });
 }
 
-// kCount neighbouring elements, as they are in memory: 16 bytes, or one element at any address.
+// kCount neighbouring elements, as they are in memory: 8 or 16 bytes, or one element at any address.
 template <class T, int kCount>
 struct Pack {
-  static_assert(kCount == 1 || kCount * sizeof(T) == 16);
-  std::conditional_t<kCount == 1, T, uint4> bits;
+  static constexpr int kBytes = kCount * int(sizeof(T)), kWords = kBytes / 4;
+  static_assert(kCount == 1 || kBytes == 8 || kBytes == 16);
+  using Word = std::conditional_t<kBytes == 16, uint4, uint2>;
+  std::conditional_t<kCount == 1, T, Word> bits;
 
   __device__ __forceinline__ static Pack load(const T* p) {
     if constexpr (kCount == 1) {
       return {*p};
     } else {
-      return {*reinterpret_cast<const uint4*>(p)};
+      return {*reinterpret_cast<const Word*>(p)};
     }
   }
   __device__ __forceinline__ void store(T* p) const {
     if constexpr (kCount == 1) {
       *p = bits;
     } else {
-      *reinterpret_cast<uint4*>(p) = bits;
+      *reinterpret_cast<Word*>(p) = bits;
     }
   }
 
@@ -80,10 +82,11 @@ struct Pack {
     if constexpr (kCount == 1) {
       x[0] = to_number(bits);
     } else {
-      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+      uint32_t words[4] = {bits.x, bits.y};
+      if constexpr (kWords == 4) words[2] = bits.z, words[3] = bits.w;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (kCount == 4) {
+      for (int i = 0; i < kWords; ++i) {
+        if constexpr (sizeof(T) == 4) {
           x[i] = bits_to_float(words[i]);
         } else {
           x[2 * i] = to_number(T{uint16_t(words[i])});
@@ -96,10 +99,10 @@ struct Pack {
     if constexpr (kCount == 1) {
       return {from_number<T>(x[0])};
     } else {
-      uint32_t words[4];
+      uint32_t words[kWords];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (kCount == 4) {
+      for (int i = 0; i < kWords; ++i) {
+        if constexpr (sizeof(T) == 4) {
           words[i] = float_to_bits(x[i]);
         } else if constexpr (std::is_same_v<T, BFloat16>) {
           words[i] = ptx::pack_bf16(x[2 * i], x[2 * i + 1]);
@@ -107,7 +110,8 @@ struct Pack {
           words[i] = ptx::pack_f16(x[2 * i], x[2 * i + 1]);
         }
       }
-      return {uint4{words[0], words[1], words[2], words[3]}};
+      if constexpr (kWords == 4) return {uint4{words[0], words[1], words[2], words[3]}};
+      if constexpr (kWords == 2) return {uint2{words[0], words[1]}};
     }
   }
 };
