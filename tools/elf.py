@@ -18,6 +18,7 @@ class Symbol:
     name: str
     binding: str  # local, global, weak or unique
     defined: bool
+    is_data: bool = False
     version: str = ""  # of a needed symbol: GLIBC_2.14, GLIBCXX_3.4, ...
 
 
@@ -56,7 +57,10 @@ def symbols(path, kind):
         for i, entry in enumerate(struct.iter_unpack("<IBBHQQ", section.data)):
             name, info, _, defined_in, _, _ = entry
             binding = BINDINGS.get(info >> 4, "other")
-            yield Symbol(_string(strings, name), binding, defined_in != 0, versions.get(i, ""))
+            is_data = info & 15 == 1
+            yield Symbol(
+                _string(strings, name), binding, defined_in != 0, is_data, versions.get(i, "")
+            )
 
 
 def _versions(all_sections):

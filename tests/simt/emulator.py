@@ -1,8 +1,8 @@
 """Builds the emulator with the CUDA sources it is to run, and calls it.
 
 The sources and their bindings are compiled as host C++ (STATESCAN_SIMT) under -fsanitize=thread,
-whose calls end in our own checker, and linked with the emulated machine into one library. It is
-kept by the hash of what went into it, so that it is built once for all processes and runs.
+whose calls end in our own checker, and linked with the emulated machine. Objects and libraries are
+kept by the hash of what went into them, so that each is built once for all processes and runs.
 """
 
 import ctypes
@@ -61,24 +61,51 @@ def parts():
     return [*watched, *tests], sorted((HERE / "emulator").glob("*.cpp"))
 
 
-def fingerprint(texts):
-    digest = hashlib.sha256()
-    for path in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh"), *HERE.rglob("*.h")]):
-        digest.update(path.read_bytes())
-    for text in texts:
-        digest.update(text.encode())
-    return digest.hexdigest()[:16]
+INCLUDES = [CSRC, HERE, HERE / "emulator"]
 
 
-def compile_one(source, object_file, flags):
+@functools.cache
+def included(path):
+    """The file and what it includes by a name in quotes, and so on."""
+    found = {path}
+    for name in re.findall(r'^\s*#include "([^"]+)"', path.read_text(), re.MULTILINE):
+        header = next((d / name for d in [path.parent, *INCLUDES] if (d / name).exists()), None)
+        if header and header.resolve() not in found:
+            found |= included(header.resolve())
+    return frozenset(found)
+
+
+def digest(*texts):
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def toolchain():
+    version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout
+    return digest(version, torch.__version__, *FLAGS, *WATCHED)
+
+
+def fingerprint(source, flags):
+    texts = [path.read_text() for path in sorted(included(source))]
+    return digest(toolchain(), str(source), *flags, *texts)
+
+
+def compile_one(source, flags, kept):
+    """The object file of a source, compiled if it is not there."""
+    object_file = kept / f"{source.stem}-{fingerprint(source, flags)}.o"
+    if object_file.exists():
+        return object_file
+    new = object_file.with_suffix(f".{os.getpid()}")
     done = subprocess.run(
-        [COMPILER, *FLAGS, *torch_flags(), *flags, "-c", str(source), "-o", str(object_file)],
+        [COMPILER, *FLAGS, *torch_flags(), *flags, "-c", str(source), "-o", str(new)],
         capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode != 0:
         raise RuntimeError(
             f"{source.name} does not compile for the emulator:\n{done.stderr[:3000]}"
         )
+    new.rename(object_file)
+    return object_file
 
 
 def link(library, objects, *flags):
@@ -95,13 +122,12 @@ def link_watched(library, objects, machine):
     link(library, [*objects, machine], "-Wl,--wrap=aoti_torch_get_data_ptr", "-Wl,-rpath,$ORIGIN")
 
 
-def build(folder):
+def build(folder, kept):
     """Two libraries: inline functions that both sides use must not become one, watched or not."""
     watched, machine = parts()
     jobs = [(s, WATCHED) for s in watched] + [(s, []) for s in machine]
-    objects = [folder / f"{i}.o" for i in range(len(jobs))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda job, o: compile_one(job[0], o, job[1]), jobs, objects))
+        objects = list(pool.map(lambda job: compile_one(*job, kept), jobs))
     link(folder / "machine.so", objects[len(watched) :], "-Wl,-Bsymbolic")
     link_watched(folder / "kernels.so.new", objects[: len(watched)], folder / "machine.so")
     return folder / "kernels.so.new"
@@ -110,18 +136,16 @@ def build(folder):
 def built():
     """The library of the present sources, built if this is the first to ask."""
     watched, machine = parts()
-    version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout
-    name = fingerprint(
-        [p.read_text() for p in watched + machine] + FLAGS + WATCHED + [version, torch.__version__]
-    )
     kept = Path(tempfile.gettempdir()) / f"statescan-simt-{os.getuid()}"
-    folder = kept / name
+    folder = kept / digest(
+        *(fingerprint(s, WATCHED) for s in watched), *(fingerprint(s, []) for s in machine)
+    )
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         library = folder / "kernels.so"
         if not library.exists():
-            build(folder).rename(library)
+            build(folder, kept).rename(library)
     return library
 
 

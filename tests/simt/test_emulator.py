@@ -48,10 +48,8 @@ FAULTS = {
     ("chain", 1): "data race on global memory",  # the flag is stored without release
     ("chain", 2): "data race on global memory",  # and loaded without acquire
     ("stage", 1): "un-waited cp.async",
-    (
-        "stage",
-        2,
-    ): "data race on shared memory|uninitialised|un-waited",  # waited for, but only by the thread itself
+    # Waited for, but only by the thread itself.
+    ("stage", 2): "data race on shared memory|uninitialised|un-waited",
     ("stage", 3): "data race on shared memory",
     ("stage", 4): "misaligned cp.async",
     ("host", 1): "no such block size",
