@@ -35,6 +35,9 @@ TINY = {
         Case("several visits", {"B": 1, "D": 5, "H": 4, "W": 6, "N": 1, "R": 1, "F": 4}),
     ],
     "gated_rms_norm": [Case("tiny", {"B": 2, "L": 5, "D": 12, "S": 4})],
+    "mamba2_mixer": [
+        Case("tiny", {"B": 2, "L": 9, "M": 7, "H": 4, "P": 3, "N": 5, "G": 2}),
+    ],
     "materialize_mixer": [Case("tiny", {"B": 2, "L": 9, "H": 4, "N": 3, "G": 2})],
     "cross_scan": [Case("tiny", {"B": 2, "C": 5, "H": 3, "W": 4})],
     "cross_merge": [Case("tiny", {"B": 2, "C": 5, "H": 3, "W": 4})],

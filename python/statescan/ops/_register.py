@@ -9,7 +9,8 @@ FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
 NO_CUDA = (
     "{lack}, and the tensors are on {device}; move them to the CPU (nothing falls back to slow "
-    "code in silence), or see `python -m statescan` for what was built and README.md for how to build it"
+    "code in silence), or see `python -m statescan` for what was built and README.md for how to "
+    "build it"
 )
 
 

@@ -7,6 +7,7 @@ from statescan.bench.ops import (
     cross_merge,
     cross_scan,
     gated_rms_norm,
+    mamba2_mixer,
     materialize_mixer,
     route_gather,
     selective_scan,
@@ -16,14 +17,6 @@ from statescan.bench.ops import (
 )
 from statescan.bench.suite import Op
 
-MODULES = (
-    selective_scan,
-    ssd_scan,
-    causal_conv1d,
-    selective_state_update,
-    causal_conv1d_update,
-)
-
 OPS: dict[str, Op] = {
     module.OP.name: module.OP
     for module in (
@@ -31,6 +24,7 @@ OPS: dict[str, Op] = {
         ssd_scan,
         causal_conv1d,
         gated_rms_norm,
+        mamba2_mixer,
         materialize_mixer,
         selective_state_update,
         causal_conv1d_update,
