@@ -65,10 +65,10 @@ function(statescan_add_cuda target)
   find_package(CUDAToolkit REQUIRED)
   target_sources(${target} PRIVATE ${cuda_sources} csrc/bindings/stream.cpp)
   set_target_properties(${target} PROPERTIES
-      CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static
-      CUDA_VISIBILITY_PRESET hidden)
+      CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
+  # Not CUDA_STANDARD: CMake 3.25, as Debian 12 has it, knows no C++20 of nvcc.
   target_compile_options(${target} PRIVATE
-      "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall;-Xcompiler=-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>")
+      "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;-Xcompiler=-Wall;-Xcompiler=-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>")
   target_include_directories(${target} SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
   target_link_options(${target} PRIVATE -Wl,--exclude-libs,ALL)  # cudart's functions stay inside
