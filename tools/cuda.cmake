@@ -52,6 +52,10 @@ if(with_cuda)
     message(FATAL_ERROR "statescan's CUDA kernels are C++20, which needs nvcc 12; this is "
                         "${CMAKE_CUDA_COMPILER_VERSION}. STATESCAN_CUDA=OFF builds without them.")
   endif()
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25, of Debian 12, does not know it of nvcc
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+  endif()
   string(REPLACE ";" " " cuda_archs "${CMAKE_CUDA_ARCHITECTURES}")
   message(STATUS "CUDA kernels: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${cuda_archs}")
 else()
@@ -65,10 +69,10 @@ function(statescan_add_cuda target)
   find_package(CUDAToolkit REQUIRED)
   target_sources(${target} PRIVATE ${cuda_sources} csrc/bindings/stream.cpp)
   set_target_properties(${target} PROPERTIES
-      CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
-  # Not CUDA_STANDARD: CMake 3.25, as Debian 12 has it, knows no C++20 of nvcc.
+      CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static
+      CUDA_VISIBILITY_PRESET hidden)
   target_compile_options(${target} PRIVATE
-      "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;-Xcompiler=-Wall;-Xcompiler=-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>")
+      "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall;-Xcompiler=-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>")
   target_include_directories(${target} SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})
   target_link_libraries(${target} PRIVATE CUDA::cudart_static)
   target_link_options(${target} PRIVATE -Wl,--exclude-libs,ALL)  # cudart's functions stay inside
