@@ -71,7 +71,7 @@ class Check:
             self.wanted[case.shape] = inputs, want
         inputs, want = self.wanted[case.shape]
         got, seconds = suite.evaluate(self.op, call, inputs, settings.direction)
-        worst, limit = 0.0, room * TOLERANCE[settings.dtype]
+        worst, limit = 0.0, room * self.op.roundings * TOLERANCE[settings.dtype]
         for name in want:
             if got[name].shape != want[name].shape:
                 shapes = f"{tuple(got[name].shape)}, not {tuple(want[name].shape)}"

@@ -120,6 +120,7 @@ class Op:
     peers: tuple[Peer, ...]
     layouts: tuple[str, ...] = ("channel-first", "channel-last")
     directions: tuple[str, ...] = ("fwd", "fwd+bwd")
+    roundings: int = 1  # results that are rounded on the way: times the tolerance of one
     in_place: tuple[str, ...] = ()  # inputs that a call changes, compared like its output
     # Bytes that the docstring says a call allocates, by (case, dtype, direction).
     memory: Callable[[Case, torch.dtype, str], int] | None = None

@@ -142,6 +142,7 @@ OP = Op(
     steps=lambda case: case["B"] * case["L"] * case["H"] * case["P"],
     work=lambda case: case["B"] * case["L"] * case["H"] * case["P"] * case["N"],
     layouts=("channel-first",),  # there is one only: (batch, seqlen, columns)
+    roundings=3,  # of the convolution, the scan, the norm
     peers=(
         Peer("naive reference", naive, "statescan.reference, token by token",
              longest={"fwd": 2048, "fwd+bwd": 256}, arrays=0, quick=True),
