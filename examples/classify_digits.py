@@ -1,6 +1,6 @@
 """Trains a small VMamba to read handwritten digits for a minute, beside a logistic regression.
 
-    python examples/classify_digits.py [--minutes 0.75] [--seed 0] [--picture FILE]
+    python examples/classify_digits.py [--minutes 0.75] [--steps N] [--seed 0] [--picture FILE]
 
 A plain PyTorch model in one file, to read and to copy from. The images are the 1797 scanned digits
 that scikit-learn carries, 8 x 8 pixels each. The model is VMamba (Liu et al. 2024, SS2D with the
@@ -145,12 +145,14 @@ class Progress:
             print(f"  {done:4.0%}  {text}", flush=True)
 
 
-def train(model: DigitReader, images: Tensor, targets: Tensor, seconds: float, rate: float) -> int:
-    """Steps of AdamW until the time is over. Returns their number."""
+def train(
+    model: DigitReader, images: Tensor, targets: Tensor, seconds: float, most: float, rate: float
+) -> int:
+    """Steps of AdamW until the time is over, and at most so many. Returns their number."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
     progress, start, done, steps, mean = Progress(), time.monotonic(), 0.0, 0, None
     while done < 1:
-        # A short rise, then half a cosine down to nothing. By time, which is what is fixed.
+        # A short rise, then half a cosine down to nothing.
         warm = min(1.0, (steps + 1) / 20)
         optimizer.param_groups[0]["lr"] = rate * warm * (1 + math.cos(math.pi * done)) / 2
         chosen = torch.randint(len(images), (64,))
@@ -164,7 +166,7 @@ def train(model: DigitReader, images: Tensor, targets: Tensor, seconds: float, r
         right = (logits.argmax(1) == targets[chosen]).float().mean().item()
         mean = right if mean is None else 0.97 * mean + 0.03 * right
         elapsed = time.monotonic() - start
-        done = min(1.0, elapsed / seconds)
+        done = min(1.0, max(elapsed / seconds, steps / most))
         speed = 64 * steps / elapsed
         progress.show(done, f"step {steps}  {mean:.1%} of them right  {speed:,.0f} images/s")
     return steps
@@ -209,6 +211,7 @@ def draw_routes(image: Tensor, path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=0.75, help="time to train (0.75)")
+    parser.add_argument("--steps", type=float, default=math.inf, help="at most so many (no limit)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dim", type=int, default=32, help="width of the model (32)")
     parser.add_argument("--lr", type=float, default=4e-3)
@@ -223,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"images    {len(images)} scanned digits to train with, {len(held_out[0])} held out")
     print(f"model     VMamba, blocks of {args.dim} and {2 * args.dim}, {parameters:,} parameters")
     print(f"training  for {args.minutes:g} min, 64 images a step")
-    steps = train(model, images, targets, 60 * args.minutes, args.lr)
+    steps = train(model, images, targets, 60 * args.minutes, args.steps, args.lr)
 
     baseline = LogisticRegression(max_iter=5000).fit(images.flatten(1).numpy(), targets.numpy())
     baseline_right = baseline.score(held_out[0].flatten(1).numpy(), held_out[1].numpy())

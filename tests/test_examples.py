@@ -30,11 +30,13 @@ def test_language_model_learns_and_decodes_as_it_reads():
 
 def test_digits_are_read_and_routes_drawn(tmp_path):
     picture = tmp_path / "routes.png"
-    out = run("classify_digits.py", "--minutes", "0.1", "--dim", "16", "--picture", picture)
+    out = run(
+        "classify_digits.py", "--minutes", "4", "--steps", "60", "--dim", "16", "--picture", picture
+    )
     lines = re.findall(r"^ +([\d.]+)%  (.+)$", out, re.MULTILINE)
     right = {who: float(percent) for percent, who in lines}
     assert right["logistic regression"] > 90
-    assert right["this model"] > 25  # after seconds; guessing makes 10
+    assert right["this model"] > 40  # after so few steps; guessing makes 10
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
