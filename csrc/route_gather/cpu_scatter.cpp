@@ -19,6 +19,60 @@ STATESCAN_INLINE void add_rows(const T* rows, int64_t pitch, const int32_t* inde
   }
 }
 
+// Of a block of steps, one in each vector: sums[index[i]] += v[i].
+template <class R>
+STATESCAN_INLINE void add_steps(const Vec<R>* v, const int32_t* index, R* sums) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<R>; ++i) {
+    if (index[i] < 0) continue;
+    R* sum = sums + index[i] * kLanes<R>;
+    store(sum, load(sum) + v[i]);
+  }
+}
+
+constexpr int64_t kAheadBytes = 512;  // that a channel is asked for ahead of its use
+
+// The same from kLanes channels, in whole blocks of steps, which are transposed in registers; returns
+// how many steps that was. Channels lie too far apart for the hardware to follow them all.
+template <class R, class T>
+int64_t add_blocks(const T* y, int64_t channel_stride, const int32_t* index, int64_t steps,
+                   R* sums) {
+  constexpr int lanes = kLanes<R>;
+  constexpr bool kPairs = std::is_same_v<T, BFloat16> && std::is_same_v<R, float>;
+  constexpr int block = kPairs ? 2 * lanes : lanes;
+  int64_t t = 0;
+  for (; t + block <= steps; t += block) {
+    const auto channel = [&](int c) {
+      const T* from = y + c * channel_stride + t;
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes);
+      return from;
+    };
+    if constexpr (kPairs) {  // two steps share a lane, and each is half of a float32
+      Vec<uint32_t> v[lanes];
+#pragma GCC unroll 16
+      for (int c = 0; c < lanes; ++c) v[c] = load_as<Vec<uint32_t>>(channel(c));
+      transpose<uint32_t>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
+        const Vec<R> two[] = {(Vec<R>)(v[i] << 16), (Vec<R>)(v[i] & 0xffff0000u)};
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+          const int32_t token = index[t + 2 * i + j];
+          if (token < 0) continue;
+          store(sums + token * lanes, load(sums + token * lanes) + two[j]);
+        }
+      }
+    } else {
+      Vec<R> v[lanes];
+#pragma GCC unroll 16
+      for (int c = 0; c < lanes; ++c) v[c] = load_convert<R>(channel(c));
+      transpose<R>(v);
+      add_steps<R>(v, index + t, sums);
+    }
+  }
+  return t;
+}
+
 Plane plane_of(const View<4>& x, int64_t b, int64_t k, int64_t d) {
   return Plane{x.data, x.dtype, x.stride[2], x.stride[3]}.shifted(
       b * x.stride[0] + k * x.stride[1] + d * x.stride[2]);
@@ -34,7 +88,14 @@ void add_route(const ScatterParams& p, const Plane& y, const int32_t* index, int
     });
     return;
   }
-  for (int64_t t = 0; t < p.steps; t += ScatterParams::kTile) {
+  int64_t done = 0;
+  if (y.time_stride == 1 && channels == kLanes<R>) {
+    with_type(y.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      done = add_blocks<R, T>(static_cast<const T*>(y.data), y.row_stride, index, p.steps, sums);
+    });
+  }
+  for (int64_t t = done; t < p.steps; t += ScatterParams::kTile) {
     const int steps = int(std::min(ScatterParams::kTile, p.steps - t));
     load_tile<R>(y.at(0, t), channels, steps, tile, kLanes<R>);
     add_rows<R, R>(tile, kLanes<R>, index + t, steps, sums);
