@@ -119,6 +119,20 @@ def test_digits_and_tables_give_the_same_bits(family):
         assert torch.equal(by_routes, by_table)
 
 
+# Several tiles, the last of which overlap, in rows and columns that go one way or alternate.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(37, 50), (50, 37), (64, 32), (16, 65)])
+@pytest.mark.parametrize("make", [routes.cross2d, routes.serpentine8, routes.slices3])
+def test_tiles_of_lines(make, sizes, dtype):
+    r = make(*sizes)
+    y = randn(2, r.count, 19, r.steps, dtype=dtype)
+    for out_dtype in (dtype, torch.float32, torch.bfloat16):
+        by_routes = statescan.route_scatter(y, r, out_dtype=out_dtype)
+        by_table = statescan.route_scatter(y, r.index, r.length, out_dtype=out_dtype)
+        assert by_routes.dtype == out_dtype
+        assert torch.equal(by_routes, by_table)
+
+
 # Around a vector and a tile of steps.
 @pytest.mark.parametrize("steps", [1, 3, 15, 16, 17, 63, 64, 65, 200])
 @layouts

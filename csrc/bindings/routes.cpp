@@ -316,9 +316,10 @@ Tensor scatter(const Tensor& stack, RouteSet routes, int64_t length, Reduce redu
   const DType compute = compute_dtype({{"y", &stack}, {"out_dtype", &out}});
   const View<4> from = view<4>("y", stack);
   const std::vector<LineRoute> lines = in_lines(routes, length);
-  if (!lines.empty() && from.stride[3] == 1 && !channel_last && reduce != Reduce::kMean) {
+  const auto grid = lines.empty() ? std::nullopt : cross_scan::on_grid(lines);
+  if (grid && from.stride[3] == 1 && !channel_last && reduce != Reduce::kMean) {
     const cross_scan::MergeParams p{batch,   dim,    length, sum, streams(out),
-                                    compute, &lines, from,   to};
+                                    compute, &*grid, from,   to};
     run_tasks([](const cross_scan::MergeParams& q, const Range& r) { cross_scan::merge(q, r); }, p,
               p.tasks(), p.scratch_bytes(), p.grain());
     return out;

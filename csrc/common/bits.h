@@ -44,5 +44,35 @@ STATESCAN_INLINE void store_bits(E* p, Vec<Lane<E>> v) {
   }
 }
 
+// One register put together from pieces of 16 bytes, piece(i) being a pointer to the i-th.
+template <class V, class Piece>
+STATESCAN_INLINE V load_pieces(Piece&& piece) {
+#if defined(__AVX512F__)
+  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)piece(0)));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)piece(1)), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)piece(2)), 2);
+  return (V)_mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)piece(3)), 3);
+#elif defined(__AVX2__)
+  const __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)piece(0)));
+  return (V)_mm256_inserti128_si256(v, _mm_loadu_si128((const __m128i*)piece(1)), 1);
+#else
+  return load_as<V>(piece(0));
+#endif
+}
+
+// Lane i of v[j] is the j-th element of row(i): a transposition of which all but the last two steps
+// (or one, in float64) cost nothing but loads, of more and smaller pieces.
+template <class R, class Row>
+STATESCAN_INLINE void load_transposed(Row&& row, Vec<R>* v) {
+  constexpr int n = kLanes<R>, part = 16 / int(sizeof(R));
+#pragma GCC unroll 16
+  for (int j = 0; j < n; ++j) {
+    v[j] = load_pieces<Vec<R>>([&](int i) {
+      return reinterpret_cast<const R*>(row(i * part + j % part)) + j / part * part;
+    });
+  }
+  transpose<R, part / 2>(v);
+}
+
 }  // namespace STATESCAN_ISA
 }  // namespace statescan

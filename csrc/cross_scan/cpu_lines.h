@@ -44,22 +44,33 @@ class Ahead {
       : next_(static_cast<const char*>(plane)),
         end_(plane != nullptr && bytes <= 128 * 1024 ? next_ + bytes : next_) {}
 
+  // The next piece of the plane that lies so many bytes behind.
+  STATESCAN_INLINE void look(int64_t bytes, int64_t behind) const {
+    const char* stop = piece_end(bytes);
+    for (const char* at = next_; at < stop; at += 64) __builtin_prefetch(at + behind, 0, 3);
+  }
+
+  STATESCAN_INLINE void move(int64_t bytes) { next_ = piece_end(bytes); }
+
   STATESCAN_INLINE void ask(int64_t bytes) {
-    const char* stop = end_ - next_ < bytes ? end_ : next_ + bytes;
-    for (; next_ < stop; next_ += 64) __builtin_prefetch(next_, 0, 2);
+    look(bytes, 0);
+    move(bytes);
   }
 
  private:
+  STATESCAN_INLINE const char* piece_end(int64_t bytes) const {
+    return end_ - next_ < bytes ? end_ : next_ + bytes;
+  }
+
   const char *next_, *end_;
 };
 
-// f(i, first): blocks of `lanes` that cover [0, n), n >= lanes; what is before `first` has been in
-// the block before, which the last one overlaps.
+// f(i): blocks of `lanes` that cover [0, n), n >= lanes; the last one overlaps the one before it.
 template <class F>
 STATESCAN_INLINE void for_blocks(int64_t n, int lanes, F&& f) {
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) f(i, 0);
-  if (i < n) f(n - lanes, int(i - (n - lanes)));
+  for (; i + lanes <= n; i += lanes) f(i);
+  if (i < n) f(n - lanes);
 }
 
 }  // namespace STATESCAN_ISA

@@ -40,9 +40,9 @@ void copy_columns(const LineRoute& route, const E* x, E* y, Ahead& ahead) {
   constexpr int lanes = kLanes<Lane<E>>;
   const int64_t n = route.n, stride = route.stride;
   for (int64_t p = 0; p < route.planes; ++p) {
-    for_blocks(stride, lanes, [&](int64_t s, int) {
+    for_blocks(stride, lanes, [&](int64_t s) {
       const Line* lines = route.lines.data() + p * stride + s;
-      for_blocks(n, lanes, [&](int64_t i, int) {
+      for_blocks(n, lanes, [&](int64_t i) {
         const E* from = x + (p * n + i) * stride + s;
         Vec<Lane<E>> v[lanes];
 #pragma GCC unroll 16
@@ -65,9 +65,9 @@ void copy_tall_columns(const LineRoute& route, const uint16_t* x, uint16_t* y, A
   constexpr int lanes = kLanes<uint32_t>;
   const int64_t n = route.n, stride = route.stride;
   for (int64_t p = 0; p < route.planes; ++p) {
-    for_blocks(stride, lanes, [&](int64_t s, int) {
+    for_blocks(stride, lanes, [&](int64_t s) {
       const Line* lines = route.lines.data() + p * stride + s;
-      for_blocks(n, 2 * lanes, [&](int64_t i, int) {
+      for_blocks(n, 2 * lanes, [&](int64_t i) {
         const uint16_t* from = x + (p * n + i) * stride + s;
         Vec<uint32_t> v[lanes];
 #pragma GCC unroll 16

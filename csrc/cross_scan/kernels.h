@@ -40,6 +40,7 @@ struct Line {
 struct LineRoute {
   int64_t n, stride, planes;
   std::vector<Line> lines;  // (planes, stride)
+  bool alike = true;        // all of them flip, or none
 };
 
 // Lines of at least so many tokens, and columns at least so many side by side: whole vectors of any
@@ -48,6 +49,17 @@ inline constexpr int64_t kLeast = 16;
 
 // The route in lines, if it is one that visits each of `length` tokens once, in lines long enough.
 std::optional<LineRoute> in_lines(const DigitRoute& route, int64_t length);
+
+// Routes that go along the rows and the columns of one grid: row p * n + i and column s of plane p
+// meet in token (p * n + i) * stride + s. Every route is either all rows, each a line, or all columns.
+struct Grid {
+  int64_t planes, n, stride;
+  bool columns;  // there are any
+  std::vector<LineRoute> routes;
+};
+
+// The routes on one grid, if there is one: lines through several rows become one line for each.
+std::optional<Grid> on_grid(const std::vector<LineRoute>& routes);
 
 // A task is a plane: the tokens of one channel of one batch element.
 struct ScanParams {
@@ -68,14 +80,14 @@ struct MergeParams {
   bool sum;       // over the routes
   bool stream;    // store past the caches
   DType compute;  // kFloat32 or kFloat64
-  const std::vector<LineRoute>* routes;
+  const Grid* grid;
   View<4> stack;  // (batch, route, dim, length), stride 1 along time
   View<4>
       tokens;  // (batch, route, dim, length), stride 1 along tokens; of the first route if summed
 
   int64_t tasks() const { return batch * dim; }
   int64_t grain() const;
-  int64_t scratch_bytes() const { return length * element_bytes(compute); }
+  int64_t scratch_bytes() const { return length * element_bytes(tokens.dtype); }
 };
 
 STATESCAN_CPU_KERNEL(scan, ScanParams)
