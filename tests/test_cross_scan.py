@@ -48,7 +48,7 @@ def check_scan(x, mode="cross2d", **options):
     want = reference.cross_scan(double, mode, **options)
     assert y.dtype == x.dtype and y.is_contiguous()
     assert torch.equal(y.double(), want)
-    dy = randn(*y.shape, dtype=x.dtype, seed=1)
+    dy = randn(*y.shape, dtype=x.dtype, seed=1).to(x.device)
     (dx,) = torch.autograd.grad(y, x, dy)
     (want_dx,) = torch.autograd.grad(want, double, dy.double())
     assert dx.dtype == x.dtype
@@ -62,7 +62,7 @@ def check_merge(y, H, W, mode="cross2d", out_dtype=None, **options):
     want = reference.cross_merge(double, H, W, mode, **options)
     assert x.dtype == (out_dtype or y.dtype) and x.is_contiguous()
     assert_close("x", x, want, max(x.dtype, y.dtype, key=TOLERANCE.get))
-    dx = randn(*x.shape, dtype=x.dtype, seed=1)
+    dx = randn(*x.shape, dtype=x.dtype, seed=1).to(y.device)
     (dy,) = torch.autograd.grad(x, y, dx)
     (want_dy,) = torch.autograd.grad(want, double, dx.double())
     assert dy.dtype == y.dtype

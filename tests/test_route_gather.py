@@ -41,34 +41,35 @@ def size(r, length=None):
 
 def check(
     r, length=None, *, batch=2, dim=5, dtype=torch.float32, channel_last=False,
-    out_channel_last=False, one_by_one=False, reduce="sum",
+    out_channel_last=False, one_by_one=False, reduce="sum", like=torch.empty(0),
 ):  # fmt: skip
-    """Both operators and both gradients, every one of them against the reference."""
+    """Both operators and both gradients, every one of them against the reference; on the device of
+    `like`."""
     count, steps, length = size(r, length)
     if batch is not None and not isinstance(r, Routes) and r.dim() == 3:
         batch = r.shape[0]
     K = (count,) if one_by_one else ()
     shape = (batch, length, *K, dim) if channel_last else (batch, *K, dim, length)
     options = {"channel_last": channel_last, "out_channel_last": out_channel_last}
-    x = randn(*shape, dtype=dtype).requires_grad_()
+    x = randn(*shape, dtype=dtype).to(like.device).requires_grad_()
     exact = x.detach().double().requires_grad_()
     y = statescan.route_gather(x, r, one_by_one=one_by_one, **options)
     want = reference.route_gather(exact, r, one_by_one=one_by_one, **options)
     assert y.dtype == dtype and y.is_contiguous()
     assert torch.equal(y.double(), want)
-    dy = randn(*y.shape, dtype=dtype, seed=1)
+    dy = randn(*y.shape, dtype=dtype, seed=1).to(like.device)
     (dx,) = torch.autograd.grad(y, x, dy)
     (want_dx,) = torch.autograd.grad(want, exact, dy.double())
     assert_close("dx", dx, want_dx)
 
     shape = (batch, steps, count, dim) if channel_last else (batch, count, dim, steps)
-    y = randn(*shape, dtype=dtype, seed=2).requires_grad_()
+    y = randn(*shape, dtype=dtype, seed=2).to(like.device).requires_grad_()
     exact = y.detach().double().requires_grad_()
     x = statescan.route_scatter(y, r, length, reduce=reduce, **options)
     want = reference.route_scatter(exact, r, length, reduce=reduce, **options)
     assert x.dtype == dtype and x.is_contiguous()
     assert_close("x", x, want)
-    dx = randn(*x.shape, dtype=dtype, seed=3)
+    dx = randn(*x.shape, dtype=dtype, seed=3).to(like.device)
     (dy,) = torch.autograd.grad(x, y, dx)
     (want_dy,) = torch.autograd.grad(want, exact, dx.double())
     assert_close("dy", dy, want_dy)

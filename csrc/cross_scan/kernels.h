@@ -8,25 +8,9 @@
 
 #include "common/isa.h"
 #include "common/view.h"
+#include "cross_scan/digits.h"
 
 namespace statescan::cross_scan {
-
-// A digit of a route, see DigitRoute in python/statescan/routes/descriptor.py.
-struct Digit {
-  int64_t n, stride;
-  bool flip, snake;
-};
-
-struct DigitRoute {
-  std::vector<Digit> digits;  // the outermost first
-  int64_t base = 0;
-  bool rev = false;
-
-  int64_t steps() const;
-};
-
-// The tokens of every step, in order of time.
-void append_index(const DigitRoute& route, std::vector<int32_t>& index);
 
 // One run of a route through tokens a stride apart.
 struct Line {
