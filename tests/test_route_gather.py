@@ -39,9 +39,12 @@ def size(r, length=None):
     return (1 if r.dim() == 1 else r.shape[-2]), r.shape[-1], length
 
 
+NONE = torch.empty(0)
+
+
 def check(
     r, length=None, *, batch=2, dim=5, dtype=torch.float32, channel_last=False,
-    out_channel_last=False, one_by_one=False, reduce="sum", like=torch.empty(0),
+    out_channel_last=False, one_by_one=False, reduce="sum", like=NONE,
 ):  # fmt: skip
     """Both operators and both gradients, every one of them against the reference; on the device of
     `like`."""

@@ -3,7 +3,7 @@
 #include <tuple>
 
 #include "bindings/device.h"
-#include "bindings/tensor.h"
+#include "bindings/gated_rms_norm.h"
 #include "common/sum_partials.h"
 #include "gated_rms_norm/equations.h"
 #include "gated_rms_norm/kernels.h"
@@ -12,85 +12,17 @@ namespace statescan::bindings {
 namespace {
 
 using namespace gated_rms_norm;  // FwdParams, BwdParams, ...
+using namespace norm;            // Operands, check, ...
 
-// The operands that forward and backward share.
-struct Operands {
-  const Tensor& x;
-  const OptionalTensor &weight, &bias, &z, &residual;
-};
-
-struct Options {
-  double eps;
-  int64_t group_size;
-  bool norm_before_gate, subtract_mean;
-};
-
-constexpr const char* kSymbols = "(..., dim), that of x,";
-
-void check_like_x(const char* name, const OptionalTensor& t, const Tensor& x) {
-  if (t) check_shape(name, *t, kSymbols, sizes_of(x));
-}
-
-// Sizes and flags from the operands, all of them checked.
-Problem check(const Operands& o, const Options& options) {
-  if (o.x.dim() < 1) fail("x must have shape (..., dim), got []");
-  Problem p{};
-  p.dim = o.x.size(o.x.dim() - 1);
-  p.rows = 1;
-  for (int64_t i = 0; i + 1 < o.x.dim(); ++i) p.rows *= o.x.size(i);
-  if (o.weight) check_shape("weight", *o.weight, "(dim)", {p.dim});
-  if (o.bias) check_shape("bias", *o.bias, "(dim)", {p.dim});
-  check_like_x("z", o.z, o.x);
-  check_like_x("residual", o.residual, o.x);
-  p.group_size = options.group_size;
-  if (p.dim > 0 && (p.group_size < 1 || p.dim % p.group_size != 0)) {
-    fail("group_size must divide dim = " + std::to_string(p.dim) + ", got " +
-         std::to_string(p.group_size));
-  }
-  if (!(options.eps >= 0)) fail("eps must be at least 0, got " + std::to_string(options.eps));
-  p.gate = !o.z ? Gate::kNone : options.norm_before_gate ? Gate::kAfter : Gate::kBefore;
-  p.subtract_mean = options.subtract_mean;
-  p.eps = options.eps;
-  p.compute = compute_dtype({{"x", &o.x},
-                             {"weight", pointer(o.weight)},
-                             {"bias", pointer(o.bias)},
-                             {"z", pointer(o.z)},
-                             {"residual", pointer(o.residual)}});
-  return p;
-}
-
-// A tensor of (..., dim), to be given strides by lay_out.
-Rows rows(const char* name, const OptionalTensor& t) {
-  Rows v;
-  if (t) v.data = t->data_ptr(), v.dtype = float_dtype(name, *t);
-  return v;
-}
-
-// The rows of x and of all that has its shape (data: absent or not).
-struct Tensors {
-  Rows* view;
-  const OptionalTensor* tensor;
-};
-
-// Fills strides and leading sizes, and says whether all of `all` can be read and written in place.
+// Lays out the rows, and says whether all of `all` can be read and written in place.
 void lay_out(Problem& p, const Tensor& x, const std::vector<Tensors>& all) {
-  std::vector<Operand> operands;
-  p.in_place = true;
+  norm::lay_out(p, x, all);
+  const DType dtype = all[0].view->dtype;
+  p.in_place = (dtype == DType::kFloat64) == (p.compute == DType::kFloat64);
   for (const Tensors& t : all) {
     if (!*t.tensor) continue;
-    operands.push_back({t.view, (*t.tensor)->strides().data()});
-    p.in_place = p.in_place && t.view->dtype == all[0].view->dtype;
+    p.in_place = p.in_place && t.view->dtype == dtype && (t.view->stride[kLead] == 1 || p.dim == 1);
   }
-  const Sizes sizes = sizes_of(x);
-  if (!merge_rows(p, int(x.dim()) - 1, sizes.data(), operands)) {
-    fail("x and what has its shape must have at most " + std::to_string(kLead) +
-         " dimensions in front of dim that cannot be merged, got shape " + to_string(sizes));
-  }
-  for (const Operand& o : operands) {
-    p.in_place = p.in_place && (o.view->stride[kLead] == 1 || p.dim == 1);
-  }
-  const bool wide = all[0].view->dtype == DType::kFloat64;
-  p.in_place = p.in_place && wide == (p.compute == DType::kFloat64);
 }
 
 // Rows that a thread takes at once hold some 16000 elements: to wake another costs as much.
@@ -103,7 +35,7 @@ std::tuple<Tensor, Tensor> gated_rms_norm_fwd(
     std::optional<ScalarType> residual_dtype, bool return_residual) {
   const Operands o{x, weight, bias, z, residual};
   FwdParams p{};
-  static_cast<Problem&>(p) = check(o, {eps, group_size, norm_before_gate, subtract_mean});
+  static_cast<Shape&>(p) = check(o, {eps, group_size, norm_before_gate, subtract_mean});
 
   const OptionalTensor y = empty_like(x, out_dtype ? *out_dtype : x.scalar_type());
   OptionalTensor sum;
@@ -146,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_rms_norm_bwd(
     bool subtract_mean, ScalarType dx_dtype, std::optional<ScalarType> dresidual_dtype) {
   const Operands o{x, weight, bias, z, residual};
   BwdParams p{};
-  static_cast<Problem&>(p) = check(o, {eps, group_size, norm_before_gate, subtract_mean});
+  static_cast<Shape&>(p) = check(o, {eps, group_size, norm_before_gate, subtract_mean});
   check_like_x("dy", dy, x);
   check_like_x("dresidual_out", dresidual_out, x);
 

@@ -2,37 +2,22 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "common/host_device.h"
 #include "common/isa.h"
-#include "common/view.h"
+#include "gated_rms_norm/shape.h"
 
 namespace statescan::gated_rms_norm {
 
-enum class Gate : int8_t;
-
 inline constexpr int kBatch =
     8;  // rows that take turns, where they are short: 30 to 90 % faster below 256
-inline constexpr int kLead = 4;  // dimensions in front of the channels, merged where strides allow
-
-using Rows = View<kLead + 1>;  // (lead..., dim)
 
 // A task is a range of rows, whatever the threads and the instruction set: sums over rows are taken
 // in the order of rows within a task, then in the order of tasks.
-struct Problem {
-  int64_t rows, dim, group_size;
-  int64_t lead[kLead];  // their product is rows
-  Gate gate;
-  bool subtract_mean;
-  double eps;
-  DType compute;  // kFloat32 or kFloat64
+struct Problem : Shape {
   // All operands of the rows are of one type, with channels next to each other, and nothing is added
   // to x: read and written in place. Otherwise by way of tiles in the compute type.
   bool in_place;
-  View<1> weight, bias;  // (dim), or absent
-  Rows x, z;             // z may be absent
-  Rows residual;         // added to x, or absent
 
   STATESCAN_HOST_DEVICE int64_t batch() const {
     const int64_t rows = 1024 / (group_size > 0 ? group_size : 1);
@@ -88,15 +73,6 @@ struct BwdParams : Problem {
     return parameter_bytes() + batch_bytes() + tile_bytes(in_place ? 0 : 6);
   }
 };
-
-// Merges neighbouring dimensions of the rows where all operands (absent ones aside) allow it, and
-// fills `lead` and the strides of the operands. `sizes` has `rank` dimensions, and `strides` as many
-// for each operand. Returns false if more than kLead dimensions remain.
-struct Operand {
-  Rows* view;
-  const int64_t* strides;
-};
-bool merge_rows(Problem& p, int rank, const int64_t* sizes, const std::vector<Operand>& operands);
 
 STATESCAN_CPU_KERNEL(fwd, FwdParams)
 STATESCAN_CPU_KERNEL(bwd, BwdParams)

@@ -1,4 +1,5 @@
-"""The CUDA side of cross_scan and cross_merge on the emulator, and on the GPU where there is one."""
+"""The CUDA side of cross_scan and cross_merge on the emulator, and on the GPU where there is
+one."""
 
 import pytest
 import statescan

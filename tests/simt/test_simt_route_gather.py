@@ -1,5 +1,6 @@
-"""The CUDA side of route_gather and route_scatter on the emulator, and on the GPU where there is one:
-the cases of test_route_gather, around packs of 16 bytes, chunks of rows and planes in shared memory."""
+"""The CUDA side of route_gather and route_scatter on the emulator, and on the GPU where there is
+one: the cases of test_route_gather, around packs of 16 bytes, chunks of rows and planes in shared
+memory."""
 
 import pytest
 import statescan
@@ -11,9 +12,7 @@ from hypothesis import strategies as st
 from statescan import Routes, reference, routes
 from statescan.routes import Digit, DigitRoute
 from statescan.testing import TOLERANCE, assert_close
-from test_route_gather import FAMILIES, LAYOUTS, layouts, randn, table
-
-NONE = torch.empty(0)
+from test_route_gather import FAMILIES, LAYOUTS, NONE, layouts, randn, table
 
 
 def check(place, r, length=None, **options):

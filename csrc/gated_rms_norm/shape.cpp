@@ -1,10 +1,10 @@
-#include "gated_rms_norm/kernels.h"
+#include "gated_rms_norm/shape.h"
 
 #include <algorithm>
 
 namespace statescan::gated_rms_norm {
 
-bool merge_rows(Problem& p, int rank, const int64_t* sizes, const std::vector<Operand>& operands) {
+bool merge_rows(Shape& p, int rank, const int64_t* sizes, const std::vector<Operand>& operands) {
   std::vector<int64_t> merged;
   std::vector<int> last;  // the innermost dimension of each merged one
   for (int i = 0; i < rank; ++i) {
