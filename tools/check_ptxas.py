@@ -21,7 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 # Kernels that may use local memory: a pattern of the name, and why.
-ALLOWED: dict[str, str] = {}
+ALLOWED: dict[str, str] = {
+    r"^any_kernel<double>$": "for gradient checks: exp, sqrt and division of doubles are calls, "
+    "across which registers are saved",
+}
 
 SHARED_BYTES = {"80": 164 * 1024, "90a": 228 * 1024}  # of an SM
 REGISTERS, WARPS, BLOCKS = 64 * 1024, 64, 32  # of an SM, on both

@@ -73,11 +73,11 @@ Tensor gather(const Tensor& tokens, const DeviceRoutes& routes, bool channel_las
   const int64_t batch = tokens.size(0), dim = tokens.size(2), length = tokens.size(3);
   cuda::GatherParams p{batch, dim, {}, tokens_view(tokens, routes.set), {}};
   const OnDevice device(tokens);
-  Tensor stack =
-      empty(tokens, stack_sizes(batch, routes.set.count, dim, routes.set.steps, channel_last),
-            tokens.scalar_type());
-  p.stack = stack_view("y", stack, channel_last);
+  const Sizes sizes = stack_sizes(batch, routes.set.count, dim, routes.set.steps, channel_last);
+  if (length == 0) return zeros(tokens, sizes, tokens.scalar_type());
+  Tensor stack = empty(tokens, sizes, tokens.scalar_type());
   if (stack.numel() == 0) return stack;
+  p.stack = stack_view("y", stack, channel_last);
   OptionalTensor kept;
   p.table = table_of(tokens, routes, length, kept, device.stream);
   cuda::gather(p, device.stream);

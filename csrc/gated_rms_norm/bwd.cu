@@ -19,6 +19,16 @@ constexpr int kMostThreads = 512;                     // of a block that is one 
 constexpr int kPacks = 2;                             // of a thread
 constexpr int kRowGroup = kThreads * kPacks * kPack;  // channels of all teams of a block together
 
+// The rows as parts of nearly the same size.
+struct Parts {
+  int64_t count, base, extra;  // the first `extra` parts have one row more than `base`
+
+  Parts(int64_t rows, int64_t count) : count(count), base(rows / count), extra(rows % count) {}
+  STATESCAN_HOST_DEVICE int64_t begin(int64_t part) const {
+    return base * part + (part < extra ? part : extra);
+  }
+};
+
 // ---- rows in registers
 
 struct Shared {
@@ -166,7 +176,7 @@ __device__ __forceinline__ void store_parameter_sums(const BwdParams& p, int64_t
 template <Gate kGate>
 __global__ __launch_bounds__(kMostThreads, 1) void team_kernel(const BwdParams p, Leads leads,
                                                                Divisor groups, int team,
-                                                               int64_t parts, int64_t tasks) {
+                                                               Parts parts, int64_t tasks) {
   Shared& shared = block_shared<Shared>();
   const int teams = int(blockDim.x) / team, own = int(threadIdx.x) / team;
   const Member m{int(threadIdx.x) - own * team, team, int(p.group_size / kPack)};
@@ -180,8 +190,8 @@ __global__ __launch_bounds__(kMostThreads, 1) void team_kernel(const BwdParams p
       for (int c = 0; c < kPack; ++c) dweight[i][c] = dbias[i][c] = 0;
     }
     // Every team goes round as often: one without a row takes part in the sums.
-    const int64_t end = p.first_row(part + 1, parts);
-    for (int64_t first = p.first_row(part, parts); first < end; first += teams) {
+    const int64_t end = parts.begin(part + 1);
+    for (int64_t first = parts.begin(part); first < end; first += teams) {
       const bool active = first + own < end;
       const RowIndex row(leads, active ? first + own : first);
       Walk<kGate> walk;
@@ -263,14 +273,14 @@ __device__ __forceinline__ void any_row(const BwdParams& p, const RowIndex& row,
 // Block: a part of the rows, of a group of channels. Grid-stride over (part, group).
 template <class R>
 __global__ __launch_bounds__(kThreads) void any_kernel(const BwdParams p, Leads leads,
-                                                       Divisor groups, int64_t parts,
-                                                       int64_t tasks) {
+                                                       Divisor groups, Parts parts, int64_t tasks) {
   WarpSums<R>& shared = block_shared<WarpSums<R>>();
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     int64_t group;
-    const int64_t part = groups.divide(task, group), begin = p.first_row(part, parts);
+    const int64_t part = groups.divide(task, group), begin = parts.begin(part);
+    const int64_t end = parts.begin(part + 1);
     R* sums = static_cast<R*>(p.partial) + part * 2 * p.dim;
-    for (int64_t r = begin; r < p.first_row(part + 1, parts); ++r) {
+    for (int64_t r = begin; r < end; ++r) {
       any_row(p, RowIndex(leads, r), group * p.group_size, shared, r == begin,
               p.partial ? sums : nullptr);
     }
@@ -326,7 +336,7 @@ void launch_team(const BwdParams& p, cudaStream_t stream) {
   const int team = team_of(p.group_size / kPack, kPacks), threads = team > 32 ? team : kThreads;
   with_gate(p.gate, [&](auto gate) {
     launch("gated_rms_norm bwd, rows in registers", team_kernel<gate()>, blocks_for(tasks, 1),
-           threads, 0, stream, p, Leads(p), Divisor(groups), team, parts, tasks);
+           threads, 0, stream, p, Leads(p), Divisor(groups), team, Parts(p.rows, parts), tasks);
   });
 }
 
@@ -334,7 +344,8 @@ template <class R>
 void launch_any(const BwdParams& p, cudaStream_t stream) {
   const int64_t groups = p.dim / p.group_size, parts = p.parts(), tasks = parts * groups;
   launch("gated_rms_norm bwd, any layout", any_kernel<R>, blocks_for(tasks, 1),
-         p.group_size <= 64 ? 32 : kThreads, 0, stream, p, Leads(p), Divisor(groups), parts, tasks);
+         p.group_size <= 64 ? 32 : kThreads, 0, stream, p, Leads(p), Divisor(groups),
+         Parts(p.rows, parts), tasks);
 }
 
 template <class R>

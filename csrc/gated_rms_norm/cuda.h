@@ -24,9 +24,6 @@ struct BwdParams : Shape {
     const int64_t groups = dim / group_size, wanted = 528 / groups + 1, most = (rows + 7) / 8;
     return wanted < most ? wanted : most;
   }
-  STATESCAN_HOST_DEVICE int64_t first_row(int64_t part, int64_t parts) const {
-    return rows / parts * part + (part < rows % parts ? part : rows % parts);
-  }
 };
 
 void fwd(const FwdParams& p, cudaStream_t stream);

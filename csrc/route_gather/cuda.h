@@ -68,6 +68,7 @@ struct ScatterParams {
   View<4> tokens;  // (batch, route, dim, length), contiguous in one of the two layouts
 };
 
+// length > 0, and for scatter steps > 0.
 void gather(const GatherParams& p, cudaStream_t stream);
 void scatter(const ScatterParams& p, cudaStream_t stream);
 

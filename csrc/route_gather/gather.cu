@@ -41,18 +41,26 @@ __global__ __launch_bounds__(kThreads) void rows_kernel(const GatherParams p, Sm
     const Word* from = static_cast<const Word*>(p.tokens.data) + b * p.tokens.stride[0];
     Word* to = static_cast<Word*>(p.stack.data) + (b * rows + first_row) * words.divisor;
     for (unsigned first = threadIdx.x; first < here; first += kLoads * kThreads) {
+      // Without branches, so that all loads are on their way together: past the end the last word
+      // again, for a step of no token any token.
       Word moved[kLoads];
+      unsigned word[kLoads], k[kLoads];
+      int32_t l[kLoads];
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
-        const unsigned at = first + i * kThreads;
-        if (at >= here) continue;
-        unsigned word, k;
-        const unsigned row = words.divide(at, word);
-        const int64_t t = t0 + count.divide(k0 + row, k);
-        const int32_t l = __ldg(token + k * table.steps + t);
-        moved[i] = l < 0 ? Word{}
-                         : __ldg(from + k * p.tokens.stride[1] + word * p.tokens.stride[2] +
-                                 l * p.tokens.stride[3]);
+        const unsigned at = first + i * kThreads,
+                       row = words.divide(at < here ? at : here - 1, word[i]);
+        const int64_t t = t0 + count.divide(k0 + row, k[i]);
+        l[i] = __ldg(token + k[i] * table.steps + t);
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        moved[i] = __ldg(from + k[i] * p.tokens.stride[1] + word[i] * p.tokens.stride[2] +
+                         (l[i] < 0 ? 0 : l[i]) * p.tokens.stride[3]);
+      }
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        if (l[i] < 0) moved[i] = Word{};
       }
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
@@ -82,11 +90,16 @@ __global__ __launch_bounds__(kThreads) void steps_kernel(const GatherParams p, D
                        k * p.tokens.stride[1] + d * p.tokens.stride[2];
     Word* to = static_cast<Word*>(p.stack.data) + row * table.steps;
     Word moved[kLoads];
+    int32_t l[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int64_t t = chunk * kChunk + i * kThreads + threadIdx.x;
-      const int32_t l = t < table.steps ? __ldg(token + t) : -1;
-      moved[i] = l < 0 ? Word{} : __ldg(from + l * p.tokens.stride[3]);
+      l[i] = __ldg(token + (t < table.steps ? t : table.steps - 1));
+    }
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      moved[i] = __ldg(from + (l[i] < 0 ? 0 : l[i]) * p.tokens.stride[3]);
+      if (l[i] < 0) moved[i] = Word{};
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -192,8 +205,8 @@ __global__ __launch_bounds__(kPlanesThreads, 2) void planes_kernel(const GatherP
     const E* from = static_cast<const E*>(p.tokens.data) + b * p.tokens.stride[0] +
                     k0 * p.tokens.stride[1] + d0 * p.tokens.stride[2];
     __syncthreads();  // the planes of the task before have been read
-    stage(planes, g.pitch, from, p.tokens.stride[2], p.tokens.stride[3], channels, length,
-          g.staging);
+    stage(planes, g.pitch,
+          Source<E>{from, p.tokens.stride[2], p.tokens.stride[3], channels, length}, g.staging);
     for (int c = threadIdx.x; c < channels; c += blockDim.x) {
       planes[c * g.pitch + skewed<E>(length)] = 0;
     }
@@ -303,8 +316,7 @@ void gather(const GatherParams& p, cudaStream_t stream) {
   if (p.batch * p.dim * p.table.count * p.table.steps == 0) return;
   const int64_t bytes = element_bytes(p.tokens.dtype);
   if (channel_last(p) && in_packs(p)) return launch_rows<uint4>(p, stream);
-  // Not by planes: what lies in rows on both sides, and where there are no tokens.
-  const bool rows = p.table.length == 0 || (channel_last(p) && p.tokens.stride[2] == 1);
+  const bool rows = channel_last(p) && p.tokens.stride[2] == 1;  // on both sides
   if (!rows && bytes == 2 && launch_planes<uint16_t>(p, stream)) return;
   if (!rows && bytes == 4 && launch_planes<uint32_t>(p, stream)) return;
   if (bytes == 2) return launch_any<uint16_t>(p, stream);

@@ -55,55 +55,63 @@ struct Staging {
   }
 };
 
-// The block reads n places of the `channels` channels at `from` into planes. Ends without a barrier.
+// A block's n places of `channels` channels at `from`, to be read into planes.
 template <class E>
-__device__ __forceinline__ void stage(E* planes, int pitch, const E* from, int64_t channel_stride,
-                                      int64_t place_stride, int channels, int n, const Staging& s) {
-  constexpr int kPack = 16 / int(sizeof(E)), kInWord = 4 / int(sizeof(E)), kLoads = 4;
-  const unsigned outer = unsigned(s.along_channels ? n : channels);
+struct Source {
+  const E* from;
+  int64_t channel_stride, place_stride;
+  int channels, n;
+};
+
+// Loads of kWidth elements at a time, which `store(to, loaded)` puts into a plane.
+template <int kWidth, class Load, class E, class Store>
+__device__ __forceinline__ void stage_by(E* planes, int pitch, const Source<E>& source,
+                                         const Staging& s, Store&& store) {
+  constexpr int kLoads = 4;
+  const unsigned outer = unsigned(s.along_channels ? source.n : source.channels);
   const unsigned tasks = outer * s.inner.divisor;
-  const int width = s.packed ? kPack : 1;
   for (unsigned first = threadIdx.x; first < tasks; first += kLoads * blockDim.x) {
-    uint4 pack[kLoads];
-    E one[kLoads];
+    Load loaded[kLoads];
     int channel[kLoads], place[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {  // on their way together
+    for (int i = 0; i < kLoads; ++i) {  // on their way together; past the end the last once more
       const unsigned task = first + i * blockDim.x;
       unsigned at;
-      const unsigned row = s.inner.divide(task, at);
-      channel[i] = s.along_channels ? int(at) * width : int(row);
-      place[i] = s.along_channels ? int(row) : int(at) * width;
-      if (task >= tasks || channel[i] >= channels) {
-        channel[i] = -1;
-        continue;
-      }
-      const E* p = from + channel[i] * channel_stride + place[i] * place_stride;
-      if (s.packed) {
-        pack[i] = __ldg(reinterpret_cast<const uint4*>(p));
-      } else {
-        one[i] = __ldg(p);
-      }
+      const unsigned row = s.inner.divide(task < tasks ? task : tasks - 1, at);
+      channel[i] = s.along_channels ? int(at) * kWidth : int(row);
+      place[i] = s.along_channels ? int(row) : int(at) * kWidth;
+      const int there = channel[i] < source.channels ? channel[i] : source.channels - kWidth;
+      loaded[i] = __ldg(reinterpret_cast<const Load*>(source.from + there * source.channel_stride +
+                                                      place[i] * source.place_stride));
     }
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      if (channel[i] < 0) continue;
-      E* to = planes + channel[i] * pitch + skewed<E>(place[i]);
-      if (!s.packed) {
-        *to = one[i];
-        continue;
-      }
-      const uint32_t words[4] = {pack[i].x, pack[i].y, pack[i].z, pack[i].w};
-      if (!s.along_channels) {  // the words of a pack lie side by side in a plane, too
-#pragma unroll
-        for (int w = 0; w < 4; ++w) reinterpret_cast<uint32_t*>(to)[w] = words[w];
-        continue;
-      }
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        to[j * pitch] = E(words[j / kInWord] >> (j % kInWord * 8 * sizeof(E)));
-      }
+      if (first + i * blockDim.x >= tasks || channel[i] >= source.channels) continue;
+      store(planes + channel[i] * pitch + skewed<E>(place[i]), loaded[i]);
     }
+  }
+}
+
+// Reads planes. Ends without a barrier.
+template <class E>
+__device__ __forceinline__ void stage(E* planes, int pitch, const Source<E>& source,
+                                      const Staging& s) {
+  constexpr int kPack = 16 / int(sizeof(E)), kInWord = 4 / int(sizeof(E));
+  if (!s.packed) {
+    stage_by<1, E>(planes, pitch, source, s, [](E* to, E x) { *to = x; });
+  } else if (s.along_channels) {
+    stage_by<kPack, uint4>(planes, pitch, source, s, [&](E* to, const uint4& x) {
+      const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int i = 0; i < kPack; ++i) {
+        to[i * pitch] = E(words[i / kInWord] >> (i % kInWord * 8 * sizeof(E)));
+      }
+    });
+  } else {  // the words of a pack lie side by side in a plane, too
+    stage_by<kPack, uint4>(planes, pitch, source, s, [](E* to, const uint4& x) {
+      uint32_t* words = reinterpret_cast<uint32_t*>(to);
+      words[0] = x.x, words[1] = x.y, words[2] = x.z, words[3] = x.w;
+    });
   }
 }
 

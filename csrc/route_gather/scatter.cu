@@ -75,16 +75,19 @@ __device__ __forceinline__ void sum_rows(const ScatterParams& p, int64_t b, int6
   for (int k = 0; k < routes; k += kRoutes) {
     Pack<T, kPack> pack[kRoutes];
     int32_t step[kRoutes];
-#pragma unroll
-    for (int i = 0; i < kRoutes; ++i) {
-      step[i] = k + i < routes ? __ldg(first + (k + i) * v.length) : -1;
-    }
     auto row = [&](int i, int32_t t) {
       return from + (k + i) * p.stack.stride[1] + t * p.stack.stride[3];
     };
+    // Without branches: past the last route the last, and for a token that is not visited any step.
 #pragma unroll
     for (int i = 0; i < kRoutes; ++i) {
-      if (step[i] >= 0) pack[i] = Pack<T, kPack>::load(row(i, step[i]));
+      step[i] = __ldg(first + (k + i < routes ? k + i : routes - 1) * v.length);
+    }
+#pragma unroll
+    for (int i = 0; i < kRoutes; ++i) {
+      pack[i] =
+          Pack<T, kPack>::load(row(k + i < routes ? i : routes - 1 - k, step[i] < 0 ? 0 : step[i]));
+      if (k + i >= routes) step[i] = -1;
     }
 #pragma unroll
     for (int i = 0; i < kRoutes; ++i) {
@@ -237,8 +240,10 @@ __global__ __launch_bounds__(kPlanesThreads, 1) void planes_kernel(const Scatter
     __syncthreads();  // the planes of the task before have been read
     for (int k = 0; k < g.routes; ++k) {
       E* of_route = planes + k * g.capacity * g.pitch;
-      stage(of_route, g.pitch, from + k * p.stack.stride[1], p.stack.stride[2], p.stack.stride[3],
-            channels, steps, g.staging);
+      stage(of_route, g.pitch,
+            Source<E>{from + k * p.stack.stride[1], p.stack.stride[2], p.stack.stride[3], channels,
+                      steps},
+            g.staging);
       for (int c = threadIdx.x; c < channels; c += blockDim.x) {
         of_route[c * g.pitch + skewed<E>(steps)] = 0;
       }
