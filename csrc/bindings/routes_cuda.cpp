@@ -6,6 +6,7 @@
 
 #include "bindings/routes.h"
 #include "bindings/stream.h"
+#include "cross_scan/cuda.h"
 #include "route_gather/cuda.h"
 
 namespace statescan::bindings {
@@ -68,6 +69,14 @@ bool visit_once(const DeviceRoutes& routes) {
   return true;
 }
 
+// Routes along the rows and columns of a large map, between channel-first tensors, go by tiles.
+std::optional<cross_scan::cuda::MapRoutes> by_tiles(const DeviceRoutes& routes, int64_t length,
+                                                    const View<4>& tokens, const View<4>& stack) {
+  const bool double_type = tokens.dtype == DType::kFloat64 || stack.dtype == DType::kFloat64;
+  if (routes.index || double_type || tokens.stride[3] != 1 || stack.stride[3] != 1) return {};
+  return cross_scan::cuda::over_map(routes.set.digits, length);
+}
+
 Tensor gather(const Tensor& tokens, const DeviceRoutes& routes, bool channel_last) {
   check_steps(routes);
   const int64_t batch = tokens.size(0), dim = tokens.size(2), length = tokens.size(3);
@@ -78,6 +87,10 @@ Tensor gather(const Tensor& tokens, const DeviceRoutes& routes, bool channel_las
   Tensor stack = empty(tokens, sizes, tokens.scalar_type());
   if (stack.numel() == 0) return stack;
   p.stack = stack_view("y", stack, channel_last);
+  if (const auto map = by_tiles(routes, length, p.tokens, p.stack)) {
+    cross_scan::cuda::scan({batch, dim, *map, p.tokens, p.stack}, device.stream);
+    return stack;
+  }
   OptionalTensor kept;
   p.table = table_of(tokens, routes, length, kept, device.stream);
   cuda::gather(p, device.stream);
@@ -96,6 +109,10 @@ Tensor scatter(const Tensor& stack, const DeviceRoutes& routes, int64_t length, 
   p.compute = merged.compute;
   p.sum = reduce != Reduce::kNone, p.mean = reduce == Reduce::kMean;
   p.stack = view<4>("y", stack), p.tokens = merged.view;
+  if (const auto map = by_tiles(routes, length, p.tokens, p.stack)) {
+    cross_scan::cuda::merge({batch, p.dim, *map, p.sum, p.mean, p.stack, p.tokens}, device.stream);
+    return merged.tensor;
+  }
   p.visits = cuda::Visits{routes.sizes(length)};
   const Tensor first = entries(stack, p.visits, batch, length);
   p.visits.first = static_cast<int32_t*>(first.data_ptr());

@@ -11,6 +11,7 @@
 #include "common/launch.h"
 #include "route_gather/cuda.h"
 #include "route_gather/planes.cuh"
+#include "route_gather/results.cuh"
 
 namespace statescan::route_gather::cuda {
 namespace {
@@ -19,35 +20,6 @@ constexpr int kThreads = 256;
 
 __device__ __forceinline__ int64_t first_route(const ScatterParams& p, int64_t b, int64_t k) {
   return (p.visits.per_batch ? b * p.visits.count : 0) + k;
-}
-
-template <class T>
-STATESCAN_HOST_DEVICE constexpr DType dtype_of() {
-  if (std::is_same_v<T, Half>) return DType::kFloat16;
-  return std::is_same_v<T, BFloat16> ? DType::kBFloat16 : DType::kFloat32;
-}
-
-// kCount neighbours of the result, from `at` on. `packed`: the address allows 16 bytes at a time.
-template <class T, int kCount>
-__device__ __forceinline__ void store_result(const View<4>& out, int64_t at, bool packed,
-                                             const float (&x)[kCount]) {
-  if constexpr (kCount > 1) {
-    if (packed && out.dtype == DType::kFloat32) {
-#pragma unroll
-      for (int i = 0; i < kCount; i += 4) {
-        const float four[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
-        Pack<float, 4>::of(four).store(static_cast<float*>(out.data) + at + i);
-      }
-      return;
-    }
-    if constexpr (sizeof(T) == 2) {
-      if (packed && out.dtype == dtype_of<T>()) {
-        return Pack<T, kCount>::of(x).store(static_cast<T*>(out.data) + at);
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) store_element(out.data, out.dtype, at + i, x[i]);
 }
 
 // ---- rows
@@ -134,7 +106,7 @@ __global__ __launch_bounds__(kThreads) void rows_kernel(const ScatterParams p, S
 
 // ---- planes
 
-constexpr int kPlanesThreads = 512;  // at most
+constexpr int kPlanesThreads = 256;  // two blocks to an SM, by shared memory
 
 struct PlanesGrid {
   int capacity;  // channels of a block
@@ -224,7 +196,7 @@ __device__ __forceinline__ void emit(const ScatterParams& p, const PlanesGrid& g
 // Block: `capacity` channels of a batch element, and of one route where they are not summed. Grid over
 // (batch, pass over the routes, group of channels); shared memory: a plane for each route and channel.
 template <class T>
-__global__ __launch_bounds__(kPlanesThreads, 1) void planes_kernel(const ScatterParams p,
+__global__ __launch_bounds__(kPlanesThreads, 2) void planes_kernel(const ScatterParams p,
                                                                    const PlanesGrid g) {
   constexpr int kPack = kPackSize<T>;
   using E = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
@@ -338,13 +310,10 @@ bool launch_planes(const ScatterParams& p, cudaStream_t stream) {
   if (v.steps * routes * int64_t(sizeof(T)) > kSharedBytes) return false;
   const bool last = channel_last(p), rows = last || p.stack.stride[3] != 1;
   const int64_t bytes_of_one = plane_pitch<E>(v.steps) * int64_t(sizeof(T)) * routes;
+  // A table is read for four channels at a time; but all SMs shall have blocks.
   int64_t capacity = std::min<int64_t>(kSharedBytes / bytes_of_one, rows ? 32 : 8);
   if (capacity == 0) return false;
-  if (!rows) {  // two blocks to an SM, as long as a table is read for four channels at a time
-    const int64_t half = kSharedBytes / 2 / bytes_of_one;
-    capacity = std::min(capacity, std::max<int64_t>(half, 1));
-    capacity = std::min(capacity, std::max<int64_t>(p.batch * p.dim / 264, 1));
-  }
+  if (!rows) capacity = std::min(capacity, std::max<int64_t>(p.batch * p.dim / 264, 1));
   if (capacity >= kPack) capacity = capacity / kPack * kPack;
   capacity = std::min(capacity, p.dim);
   if (last && capacity < std::min(p.dim, kPack)) return false;
@@ -369,8 +338,8 @@ bool launch_planes(const ScatterParams& p, cudaStream_t stream) {
   }
   g.tasks = p.batch * int64_t(g.passes.divisor) * int64_t(g.groups.divisor);
   const int64_t bytes = capacity * bytes_of_one;
-  launch("route_scatter, planes", planes_kernel<T>, blocks_for(g.tasks, 1),
-         bytes > kSharedBytes / 2 ? kPlanesThreads : kThreads, size_t(bytes), stream, p, g);
+  launch("route_scatter, planes", planes_kernel<T>, blocks_for(g.tasks, 1), kPlanesThreads,
+         size_t(bytes), stream, p, g);
   return true;
 }
 

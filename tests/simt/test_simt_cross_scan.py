@@ -31,6 +31,31 @@ def test_matches_reference(place, channel_last, out_channel_last, mode, H, W):
     check_both(place, H, W, mode, batch=1, dim=8 if H % 4 == 0 else 3, **options)
 
 
+# Maps that are taken apart into tiles of 64 x 64, in packs of 16 bytes or not.
+@pytest.mark.parametrize("H, W", [(64, 64), (72, 64), (64, 136), (65, 70)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["cross2d", "rot90", "bidi2"])
+def test_large_maps(place, mode, dtype, H, W):
+    check_both(place, H, W, mode, 1, dtype, 1)
+
+
+def test_large_maps_of_other_routes(place):
+    for r in (routes.sweep8(64, 66), routes.column(72, 64), routes.serpentine(64, 64)):
+        x, y = image(64, r.length // 64, 1, 1), randn(1, r.count, 1, r.length)
+        got = place(statescan.route_gather, x.flatten(2), r)
+        assert torch.equal(got, reference.route_gather(x.flatten(2), r))
+        got = place(statescan.route_scatter, y, r, reduce="mean")
+        assert_close("x", got, reference.route_scatter(y.double(), r, reduce="mean"))
+    x = image(64, 65, 2, 1, count=4, dtype=torch.float16)
+    place(on_cpu.check_scan, x, one_by_one=True)
+    y = sequences(65, 64, dim=2, batch=1, dtype=torch.float16)
+    place(on_cpu.check_merge, y, 65, 64, reduce="none", out_dtype=torch.float32)
+    wide = sequences(64, 80, dim=2, batch=1)
+    for begin in (512, 513):  # at addresses of 16 bytes, or not
+        part = wide[..., begin : begin + 64 * 64]
+        place(on_cpu.check_merge, part, 64, 64, reduce="mean")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @layouts
 def test_one_by_one(place, channel_last, out_channel_last, mode):
