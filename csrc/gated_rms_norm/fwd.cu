@@ -41,8 +41,9 @@ __global__ __launch_bounds__(kMostThreads) void team_kernel(const FwdParams p, L
   for (int64_t first = int64_t(blockIdx.x) * teams; first < items;
        first += int64_t(gridDim.x) * teams) {
     const bool active = first + own < items;
-    int64_t group;
-    const RowIndex row(leads, groups.divide(active ? first + own : 0, group));
+    int64_t group = 0, item = active ? first + own : 0;
+    if (groups.divisor != 1) item = groups.divide(item, group);
+    const RowIndex row(leads, item);
     const int64_t channel = group * p.group_size;
 
     Raw<kPacks> raw_x, raw_z, raw_residual;
@@ -65,11 +66,12 @@ __global__ __launch_bounds__(kMostThreads) void team_kernel(const FwdParams p, L
       }
     }
     auto there = [&](int i) { return active && m.id + i * m.team < m.packs; };
-    auto at = [&](int i) { return channel + (m.id + i * m.team) * kPack; };
+    auto at = [&](int i) { return (m.id + i * m.team) * kPack; };
     if (p.residual_out) {
+      const int64_t to = row.offset(p.residual_out, channel);
 #pragma unroll
       for (int i = 0; i < kPacks; ++i) {
-        if (there(i)) store_pack(p.residual_out, row.offset(p.residual_out, at(i)), v[i]);
+        if (there(i)) store_pack(p.residual_out, to + at(i), v[i]);
       }
     }
     if constexpr (kGate != Gate::kNone) unpack(raw_z, p.z.dtype, z);
@@ -104,11 +106,12 @@ __global__ __launch_bounds__(kMostThreads) void team_kernel(const FwdParams p, L
     }
     sum_over_team(squares, team, shared);
     const float rstd = 1 / std::sqrt(squares[0] / n + float(p.eps));
+    const int64_t to = row.offset(p.y, channel);
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       if (!there(i)) continue;
-      finish_pack<kGate>(p, at(i), rstd, z[i], v[i]);
-      store_pack(p.y, row.offset(p.y, at(i)), v[i]);
+      finish_pack<kGate>(p, channel + at(i), rstd, z[i], v[i]);
+      store_pack(p.y, to + at(i), v[i]);
     }
   }
 }

@@ -26,25 +26,29 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Leads {
   Divisor size[kLead];
+  bool several;  // there are more of them than the last
+
   explicit Leads(const Shape& p)
-      : size{Divisor(p.lead[0]), Divisor(p.lead[1]), Divisor(p.lead[2]), Divisor(p.lead[3])} {}
+      : size{Divisor(p.lead[0]), Divisor(p.lead[1]), Divisor(p.lead[2]), Divisor(p.lead[3])},
+        several(p.lead[3] != p.rows) {}
 };
 
 struct RowIndex {
   int64_t at[kLead];
+  bool several;
 
-  __device__ __forceinline__ RowIndex(const Leads& leads, int64_t row) {
+  __device__ __forceinline__ RowIndex(const Leads& leads, int64_t row) : several(leads.several) {
+    at[kLead - 1] = row;
+    if (!several) return;
 #pragma unroll
-    for (int i = kLead - 1; i >= 0; --i) {
-      at[i] = 0;
-      if (leads.size[i].divisor != 1) row = leads.size[i].divide(row, at[i]);
-    }
+    for (int i = kLead - 1; i >= 0; --i) row = leads.size[i].divide(row, at[i]);
   }
   // Of a channel of this row.
   __device__ __forceinline__ int64_t offset(const Rows& v, int64_t channel) const {
-    int64_t offset = channel * v.stride[kLead];
+    int64_t offset = channel * v.stride[kLead] + at[kLead - 1] * v.stride[kLead - 1];
+    if (!several) return offset;
 #pragma unroll
-    for (int i = 0; i < kLead; ++i) offset += at[i] * v.stride[i];
+    for (int i = 0; i < kLead - 1; ++i) offset += at[i] * v.stride[i];
     return offset;
   }
 };
