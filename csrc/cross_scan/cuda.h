@@ -28,7 +28,7 @@ struct MapRoutes {
   MapRoute route[kMost];
 };
 
-// The routes in this form, if they are such, over a map of at least one tile.
+// The routes in this form, if they are such, over a map that fills a tile well.
 std::optional<MapRoutes> over_map(const std::vector<DigitRoute>& routes, int64_t length);
 
 struct ScanParams {

@@ -40,7 +40,7 @@ std::optional<MapRoutes> over_map(const std::vector<DigitRoute>& routes, int64_t
     if (map.W != 0 && map.W != column.n) return {};
     map.H = row.n, map.W = column.n;
   }
-  if (map.H < kTile || map.W < kTile) return {};
+  if (map.H < kLeastSide || map.W < kLeastSide) return {};
   for (int k = 0; k < map.count; ++k) {
     const DigitRoute r = simplified(routes[k]);
     map.route[k] = is_raster(r) ? raster(r, length, map.W) : lines(r);
