@@ -44,7 +44,7 @@ struct Bits {
         const E x = back ? element[kWidth - 1 - i] : element[i];
         words[i / kInWord] |= uint32_t(x) << (i % kInWord * 8 * sizeof(E));
       }
-      *reinterpret_cast<uint4*>(p) = {words[0], words[1], words[2], words[3]};
+      ptx::store_streaming(reinterpret_cast<uint4*>(p), {words[0], words[1], words[2], words[3]});
     }
   }
 };

@@ -11,6 +11,7 @@
 //
 // Routes come as tables of int32, shared by all channels (and mostly by all batch elements).
 #include "common/launch.h"
+#include "common/ptx.cuh"
 #include "route_gather/cuda.h"
 #include "route_gather/planes.cuh"
 
@@ -156,7 +157,7 @@ __device__ __forceinline__ void emit_steps(const GatherParams& p, const PlanesGr
       E x[kPack];
 #pragma unroll
       for (int i = 0; i < kPack; ++i) x[i] = plane[from[i]];
-      *reinterpret_cast<uint4*>(out) = packed(x);
+      ptx::store_streaming(reinterpret_cast<uint4*>(out), packed(x));
     }
   }
 }
@@ -185,7 +186,7 @@ __device__ __forceinline__ void emit_rows(const GatherParams& p, const PlanesGri
       E x[kPack];
 #pragma unroll
       for (int i = 0; i < kPack; ++i) x[i] = from[i * g.pitch];
-      *reinterpret_cast<uint4*>(out) = packed(x);
+      ptx::store_streaming(reinterpret_cast<uint4*>(out), packed(x));
     }
   }
 }

@@ -14,6 +14,7 @@ STATESCAN_HOST_DEVICE constexpr DType dtype_of() {
   return std::is_same_v<T, BFloat16> ? DType::kBFloat16 : DType::kFloat32;
 }
 
+// 16 bytes at a time by ptx::store_streaming: of an assignment the compiler at times makes four stores.
 // kCount neighbours of the result, from `at` on. `packed`: the address allows 16 bytes at a time.
 template <class T, int kCount>
 __device__ __forceinline__ void store_result(const View<4>& out, int64_t at, bool packed,
@@ -23,13 +24,15 @@ __device__ __forceinline__ void store_result(const View<4>& out, int64_t at, boo
 #pragma unroll
       for (int i = 0; i < kCount; i += 4) {
         const float four[4] = {x[i], x[i + 1], x[i + 2], x[i + 3]};
-        Pack<float, 4>::of(four).store(static_cast<float*>(out.data) + at + i);
+        ptx::store_streaming(reinterpret_cast<uint4*>(static_cast<float*>(out.data) + at + i),
+                             Pack<float, 4>::of(four).bits);
       }
       return;
     }
     if constexpr (sizeof(T) == 2) {
       if (packed && out.dtype == dtype_of<T>()) {
-        return Pack<T, kCount>::of(x).store(static_cast<T*>(out.data) + at);
+        return ptx::store_streaming(reinterpret_cast<uint4*>(static_cast<T*>(out.data) + at),
+                                    Pack<T, kCount>::of(x).bits);
       }
     }
   }
