@@ -184,7 +184,7 @@ Tensor scatter(const Tensor& stack, RouteSet routes, int64_t length, Reduce redu
   check_cpu("y", stack);
   const Sizes sizes = sizes_of(stack);
   const int64_t batch = sizes[0], dim = sizes[2];
-  const Merged merged(stack, routes, length, reduce, channel_last, out_dtype);
+  const Merged merged = merged_tokens(stack, routes, length, reduce, channel_last, out_dtype);
   const Tensor& out = merged.tensor;
   if (stack.numel() == 0) return out;
   const bool sum = reduce != Reduce::kNone;

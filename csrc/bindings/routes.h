@@ -35,12 +35,12 @@ Reduce reduce_of(const std::string& name);
 
 // What a scatter writes, allocated; zeros if there is nothing in the stack.
 struct Merged {
-  Merged(const Tensor& stack, const RouteSet& routes, int64_t length, Reduce reduce,
-         bool channel_last, std::optional<ScalarType> out_dtype);
   Tensor tensor;
   View<4> view;  // (batch, route, dim, length), of the first route if summed
   DType compute;
 };
+Merged merged_tokens(const Tensor& stack, const RouteSet& routes, int64_t length, Reduce reduce,
+                     bool channel_last, std::optional<ScalarType> out_dtype);
 
 // ---- on the CPU
 

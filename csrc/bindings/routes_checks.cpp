@@ -141,8 +141,8 @@ View<4> tokens_view(const Tensor& tokens, const RouteSet& routes) {
   return v;
 }
 
-Merged::Merged(const Tensor& stack, const RouteSet& routes, int64_t length, Reduce reduce,
-               bool channel_last, std::optional<ScalarType> out_dtype) {
+Merged merged_tokens(const Tensor& stack, const RouteSet& routes, int64_t length, Reduce reduce,
+                     bool channel_last, std::optional<ScalarType> out_dtype) {
   const Sizes sizes = sizes_of(stack);
   const int64_t batch = sizes[0], dim = sizes[2];
   check_shape("y", stack, "(batch, count, dim, steps)", {batch, routes.count, dim, routes.steps});
@@ -150,18 +150,13 @@ Merged::Merged(const Tensor& stack, const RouteSet& routes, int64_t length, Redu
   const bool sum = reduce != Reduce::kNone;
   const Sizes merged = channel_last ? Sizes{batch, length, dim} : Sizes{batch, dim, length};
   const Sizes shape = sum ? merged : stack_sizes(batch, routes.count, dim, length, channel_last);
-  const bool nothing = stack.numel() == 0;
-  tensor = nothing ? zeros(stack, shape, dtype) : empty(stack, shape, dtype);
-  compute = compute_dtype({{"y", &stack}, {"out_dtype", &tensor}});
-  if (sum) {
-    const View<3> v = statescan::bindings::view<3>("out_dtype", tensor);
-    view.data = v.data, view.dtype = v.dtype;
-    view.stride[0] = v.stride[0];
-    view.stride[2] = v.stride[channel_last ? 2 : 1];
-    view.stride[3] = v.stride[channel_last ? 1 : 2];
-  } else {
-    view = stack_view("out_dtype", tensor, channel_last);
-  }
+  Tensor tensor = stack.numel() == 0 ? zeros(stack, shape, dtype) : empty(stack, shape, dtype);
+  const DType compute = compute_dtype({{"y", &stack}, {"out_dtype", &tensor}});
+  if (!sum) return {tensor, stack_view("out_dtype", tensor, channel_last), compute};
+  const View<3> v = view<3>("out_dtype", tensor);
+  View<4> tokens{v.data, v.dtype, {v.stride[0], 0, v.stride[1], v.stride[2]}};
+  if (channel_last) std::swap(tokens.stride[2], tokens.stride[3]);
+  return {tensor, tokens, compute};
 }
 
 }  // namespace statescan::bindings

@@ -101,7 +101,7 @@ Tensor scatter(const Tensor& stack, const DeviceRoutes& routes, int64_t length, 
                bool channel_last, std::optional<ScalarType> out_dtype) {
   check_steps(routes);
   const OnDevice device(stack);
-  const Merged merged(stack, routes.set, length, reduce, channel_last, out_dtype);
+  const Merged merged = merged_tokens(stack, routes.set, length, reduce, channel_last, out_dtype);
   if (stack.numel() == 0 || merged.tensor.numel() == 0) return merged.tensor;
   const int64_t batch = stack.size(0);
   cuda::ScatterParams p{};

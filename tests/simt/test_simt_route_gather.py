@@ -69,10 +69,12 @@ def test_dtypes(place, dtype, channel_last, out_channel_last):
                 assert_close("x", x, want, max(dtype, out_dtype, key=TOLERANCE.get))
 
 
-def test_tokens_of_several_blocks_and_groups_of_channels(place):
-    r = routes.cross2d(33, 40)
-    for options in ({}, {"out_channel_last": True}, {"channel_last": True}):
-        check(place, r, dim=41, batch=1, dtype=torch.bfloat16, **options)
+def test_several_groups_of_channels(place):
+    """First as many channels as give a block several of them, then more than fit one block."""
+    check(place, routes.bidi2(4, 4), batch=4, dim=335, dtype=torch.bfloat16)
+    check(place, routes.spiral(3, 5), batch=4, dim=335, reduce="mean")
+    for options in ({"out_channel_last": True}, {"channel_last": True}):
+        check(place, routes.cross2d(20, 24), dim=41, batch=1, dtype=torch.bfloat16, **options)
 
 
 def test_planes_that_do_not_fit(place):

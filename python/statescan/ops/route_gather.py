@@ -46,7 +46,8 @@ def route_gather(
     the order of routes and steps, in float32 (float64 for float64), rounded once.
 
     Raises:
-        ValueError: if sizes do not agree, or a token lies outside of 0 .. length - 1.
+        ValueError: if sizes do not agree, or a token lies outside of 0 .. length - 1 (of a table on
+            a GPU, which is not read on the host, such a step is one of no token).
         NotImplementedError: if there is no kernel for a dtype or a device.
 
     Memory: the result. Nothing but the table is kept for the backward.
@@ -96,7 +97,8 @@ def route_scatter(
     (float64 for float64), rounded once, and do not depend on the number of threads.
 
     Raises:
-        ValueError: if sizes do not agree, or a token lies outside of 0 .. length - 1.
+        ValueError: if sizes do not agree, or a token lies outside of 0 .. length - 1 (of a table on
+            a GPU, which is not read on the host, such a step is one of no token).
         NotImplementedError: if there is no kernel for a dtype or a device.
 
     Memory: the result. Nothing but the table is kept for the backward.
