@@ -87,6 +87,98 @@ def bench_conv(dtype, channel_last, bandwidth):
     return rows
 
 
+# ---- operators whose cost is the bytes they move: (what, call, inputs, bytes of a call)
+
+
+def with_backward(call, count):
+    """The backward alone: `call` of the first inputs, the last of which is its gradient."""
+    graphs = {}
+
+    def backward(*inputs):
+        key = id(inputs[0])
+        if key not in graphs:
+            leaves = [x.detach().requires_grad_() for x in inputs[:count]]
+            graphs[key] = call(*leaves), leaves
+        y, leaves = graphs[key]
+        return torch.autograd.grad(y, leaves, inputs[count], retain_graph=True)
+
+    return backward
+
+
+MAP_SHAPE = {"batch": 128, "dim": 192, "H": 56, "W": 56}
+NORM_SHAPE = {"rows": 32768, "dim": 4096}
+
+
+def route_cases(dtype, channel_last):
+    batch, dim, H, W = MAP_SHAPE.values()
+    options = {"channel_last": channel_last}
+    spirals = statescan.routes.mhs_vm(H, W, "S")
+
+    def image():
+        shape = (batch, H, W, dim) if channel_last else (batch, dim, H, W)
+        return (torch.randn(shape, device="cuda").to(dtype),)
+
+    def stack():
+        shape = (batch, H * W, 4, dim) if channel_last else (batch, 4, dim, H * W)
+        return (torch.randn(shape, device="cuda").to(dtype),)
+
+    moved = 5 * batch * dim * H * W * torch.empty((), dtype=dtype).element_size()
+    scan, merge = statescan.cross_scan, statescan.cross_merge
+    yield "cross_scan", MAP_SHAPE, lambda x: scan(x, **options), image, moved
+    yield "cross_merge", MAP_SHAPE, lambda y: merge(y, H, W, **options), stack, moved
+    yield "cross_scan, spirals", MAP_SHAPE, lambda x: scan(x, spirals, **options), image, moved
+    yield (
+        "cross_merge, spirals",
+        MAP_SHAPE,
+        lambda y: merge(y, H, W, spirals, **options),
+        stack,
+        moved,
+    )
+
+
+def norm_cases(dtype):
+    rows, dim = NORM_SHAPE.values()
+
+    def inputs():
+        x, z, dy = (torch.randn(rows, dim, device="cuda").to(dtype) for _ in range(3))
+        return x, torch.randn(dim, device="cuda"), z, dy
+
+    def norm(x, weight, z):
+        return statescan.gated_rms_norm(x, weight, None, z)
+
+    one = rows * dim * torch.empty((), dtype=dtype).element_size()
+    yield "gated_rms_norm", NORM_SHAPE, lambda x, w, z, dy: norm(x, w, z), inputs, 3 * one
+    yield "gated_rms_norm backward", NORM_SHAPE, with_backward(norm, 3), inputs, 5 * one
+
+
+def bench_moving(cases, dtype, layout, bandwidth):
+    rows = []
+    for name, shape, call, inputs, moved in cases:
+        sets = [inputs() for _ in range(SETS)]
+        time = milliseconds([lambda args=args, call=call: call(*args) for args in sets])
+        rows.append(
+            {
+                "op": name, "who": "statescan", "dtype": str(dtype), "layout": layout, **shape,
+                "ms": time, "share_of_copy": moved / time["median"] * 1e3 / bandwidth,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def check_moving():
+    """On small shapes, before anything is timed."""
+    x = torch.randn(2, 16, 56, 56, device="cuda")
+    for mode in ("cross2d", statescan.routes.mhs_vm(56, 56, "S")):
+        for last in (False, True):
+            y = statescan.cross_scan(x, mode, out_channel_last=last)
+            z = statescan.cross_merge(y, 56, 56, mode, channel_last=last, out_channel_last=False)
+            testing.assert_close("z", z, 4 * x.flatten(2))
+    x, z = (torch.randn(50, 512, device="cuda") for _ in range(2))
+    w = torch.randn(512, device="cuda")
+    want = reference.gated_rms_norm(x.double(), w.double(), None, z.double())
+    testing.assert_close("y", statescan.gated_rms_norm(x, w, None, z), want)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
@@ -99,6 +191,12 @@ def main():
         for channel_last in (True, False)
         for row in bench_conv(dtype, channel_last, bandwidth)
     ]
+    check_moving()
+    for dtype in (torch.bfloat16, torch.float32):
+        for last in (True, False):
+            layout = "channel-last" if last else "channel-first"
+            rows += bench_moving(route_cases(dtype, last), dtype, layout, bandwidth)
+        rows += bench_moving(norm_cases(dtype), dtype, "rows", bandwidth)
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e9:.0f} GB/s")
     for row in rows:
         print(
