@@ -17,14 +17,12 @@ namespace statescan::cross_scan::cuda {
 // (i, j) = i W + j at step begin + di i + dj j.
 struct MapRoute {
   int64_t begin, di, dj;
-
-  STATESCAN_HOST_DEVICE bool along_rows() const { return dj == 1 || dj == -1; }
+  bool along_rows;
 };
 
 struct MapRoutes {
   static constexpr int kMost = 8;
-  int64_t H, W;
-  int count;
+  int H, W, count;
   MapRoute route[kMost];
 };
 

@@ -8,8 +8,8 @@ namespace {
 bool is_raster(const DigitRoute& r) { return r.digits.size() == 1 && r.digits[0].stride == 1; }
 
 MapRoute raster(const DigitRoute& r, int64_t length, int64_t W) {
-  if (r.digits[0].flip) return {length - 1, -W, -1};
-  return {0, W, 1};
+  if (r.digits[0].flip) return {length - 1, -W, -1, true};
+  return {0, W, 1, true};
 }
 
 // From two digits, one of which counts columns and the other rows.
@@ -20,7 +20,7 @@ MapRoute lines(const DigitRoute& r) {
   int64_t di = rows_inside ? 1 : column.n, dj = rows_inside ? row.n : 1, begin = 0;
   if (row.flip) begin += di * (row.n - 1), di = -di;
   if (column.flip) begin += dj * (column.n - 1), dj = -dj;
-  return {begin, di, dj};
+  return {begin, di, dj, !rows_inside};
 }
 
 }  // namespace
@@ -38,7 +38,7 @@ std::optional<MapRoutes> over_map(const std::vector<DigitRoute>& routes, int64_t
     const Digit& column = r.digits[!rows_inside];
     if (column.stride != 1 || row.stride != column.n) return {};
     if (map.W != 0 && map.W != column.n) return {};
-    map.H = row.n, map.W = column.n;
+    map.H = int(row.n), map.W = int(column.n);
   }
   if (map.H < kLeastSide || map.W < kLeastSide) return {};
   for (int k = 0; k < map.count; ++k) {

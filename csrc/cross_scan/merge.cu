@@ -12,6 +12,32 @@ namespace {
 
 using route_gather::cuda::store_result;
 
+// A thread's packs of one route: of rows, or of columns if the route goes along columns.
+template <class T, int kWidth>
+struct Packs {
+  using At = PackAt<kWidth>;
+  Pack<T, kWidth> x[At::kCount];
+
+  __device__ __forceinline__ void load(const T* from, const Block& at, const MapRoutes& r,
+                                       const MapRoute& route) {
+    const bool rows = route.along_rows, back = (rows ? route.dj : route.di) < 0;
+    const int lines = rows ? r.H : r.W, length = rows ? r.W : r.H;
+    const int64_t to_next_line = rows ? route.di : route.dj;
+    constexpr int kLinesApart = kThreads / At::kInLine;  // of a thread's packs
+    const At pack(0);
+    const int line = (rows ? at.i0 : at.j0) + pack.line;
+    const int first = (rows ? at.j0 : at.i0) + pack.first;
+    const T* p = from + route.begin + line * to_next_line;
+    p += back ? -(first + kWidth - 1) : first;
+#pragma unroll
+    for (int n = 0; n < At::kCount; ++n) {
+      // What is outside of the map is not stored.
+      if (first < length && line + n * kLinesApart < lines) x[n] = Pack<T, kWidth>::load(p);
+      p += kLinesApart * to_next_line;
+    }
+  }
+};
+
 template <class T, int kWidth>
 struct Sums {
   using At = PackAt<kWidth>;
@@ -26,46 +52,25 @@ struct Sums {
   }
 
   // A route along rows: a thread's packs are its own.
-  __device__ __forceinline__ void add_rows(const T* from, const Block& at, const MapRoutes& r,
-                                           const MapRoute& route) {
-    const bool back = route.dj < 0;
-    Pack<T, kWidth> x[At::kCount];
-#pragma unroll
-    for (int n = 0; n < At::kCount; ++n) {
-      const At pack(n);
-      const int64_t i = at.i0 + pack.line, j = at.j0 + pack.first;
-      if (i >= r.H || j >= r.W) continue;
-      const int64_t t = route.begin + i * route.di + j * route.dj;
-      x[n] = Pack<T, kWidth>::load(from + first_step<kWidth>(t, back));
-    }
+  __device__ __forceinline__ void add_rows(const Packs<T, kWidth>& packs, bool back) {
 #pragma unroll
     for (int n = 0; n < At::kCount; ++n) {
       float number[kWidth];
-      x[n].unpack(number);  // those outside of the map are not stored
+      packs.x[n].unpack(number);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) of[n][c] += back ? number[kWidth - 1 - c] : number[c];
     }
   }
 
   // A route along columns: packs of columns into the tile, packs of rows out of it.
-  __device__ __forceinline__ void add_columns(const T* from, const Block& at, const MapRoutes& r,
-                                              const MapRoute& route, Tile<T>& tile) {
-    const bool back = route.di < 0;
-    Pack<T, kWidth> x[At::kCount];
-#pragma unroll
-    for (int n = 0; n < At::kCount; ++n) {
-      const At pack(n);
-      const int64_t i = at.i0 + pack.first, j = at.j0 + pack.line;
-      if (i >= r.H || j >= r.W) continue;
-      const int64_t t = route.begin + i * route.di + j * route.dj;
-      x[n] = Pack<T, kWidth>::load(from + first_step<kWidth>(t, back));
-    }
+  __device__ __forceinline__ void add_columns(const Packs<T, kWidth>& packs, bool back,
+                                              Tile<T>& tile) {
     __syncthreads();  // the route before has been read
 #pragma unroll
     for (int n = 0; n < At::kCount; ++n) {
       const At pack(n);
       T element[kWidth];
-      split(x[n], element);
+      split(packs.x[n], element);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
         tile.element[Tile<T>::at(pack.first + c, pack.line)] =
@@ -102,8 +107,8 @@ struct Sums {
 
 // Block: a tile. Grid over (batch, pass over the routes, dim, tile of the map); shared memory: a tile.
 template <class T, int kWidth>
-__global__ __launch_bounds__(kThreads) void tile_kernel(const __grid_constant__ MergeParams p,
-                                                        const TileGrid grid, float scale) {
+__global__ __launch_bounds__(kThreads, kWidth == 8 ? 3 : 2) void tile_kernel(
+    const __grid_constant__ MergeParams p, const TileGrid grid, float scale) {
   Tile<T>& tile = block_shared<Tile<T>>();
   const MapRoutes& r = p.routes;
   for (int64_t task = blockIdx.x; task < grid.tasks; task += gridDim.x) {
@@ -112,19 +117,29 @@ __global__ __launch_bounds__(kThreads) void tile_kernel(const __grid_constant__ 
         static_cast<const T*>(p.stack.data) + at.b * p.stack.stride[0] + at.d * p.stack.stride[2];
     Sums<T, kWidth> sums;
     sums.clear();
+    // The packs of the next route are on their way while one is added, if registers allow it.
+    constexpr bool kAhead = kWidth > 1;
+    Packs<T, kWidth> packs, next;
+    auto load = [&](int k, Packs<T, kWidth>& to) {
+      if (k < at.k1) to.load(from + k * p.stack.stride[1], at, r, r.route[k]);
+    };
+    load(at.k0, next);
     for (int k = at.k0; k < at.k1; ++k) {
-      if (r.route[k].along_rows()) {
-        sums.add_rows(from + k * p.stack.stride[1], at, r, r.route[k]);
+      packs = next;
+      if constexpr (kAhead) load(k + 1, next);
+      if (r.route[k].along_rows) {
+        sums.add_rows(packs, r.route[k].dj < 0);
       } else {
-        sums.add_columns(from + k * p.stack.stride[1], at, r, r.route[k], tile);
+        sums.add_columns(packs, r.route[k].di < 0, tile);
       }
+      if constexpr (!kAhead) load(k + 1, next);
     }
     const int64_t to =
         at.b * p.tokens.stride[0] + at.k0 * p.tokens.stride[1] + at.d * p.tokens.stride[2];
 #pragma unroll
     for (int n = 0; n < PackAt<kWidth>::kCount; ++n) {
       const PackAt<kWidth> pack(n);
-      const int64_t i = at.i0 + pack.line, j = at.j0 + pack.first;
+      const int i = at.i0 + pack.line, j = at.j0 + pack.first;
       if (i >= r.H || j >= r.W) continue;
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) sums.of[n][c] *= scale;

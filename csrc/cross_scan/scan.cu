@@ -69,13 +69,13 @@ __global__ __launch_bounds__(kThreads) void tile_kernel(const __grid_constant__ 
 #pragma unroll
       for (int m = 0; m < kTogether; ++m) {
         const At pack(n + m);
-        const int64_t i = at.i0 + pack.line, j = at.j0 + pack.first;
+        const int i = at.i0 + pack.line, j = at.j0 + pack.first;
         if (i < r.H && j < r.W) x[m].load(from + i * r.W + j);
       }
 #pragma unroll
       for (int m = 0; m < kTogether; ++m) {
         const At pack(n + m);
-        const int64_t i = at.i0 + pack.line, j = at.j0 + pack.first;
+        const int i = at.i0 + pack.line, j = at.j0 + pack.first;
         if (i >= r.H || j >= r.W) continue;
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) {
@@ -83,7 +83,7 @@ __global__ __launch_bounds__(kThreads) void tile_kernel(const __grid_constant__ 
         }
         for (int k = at.k0; k < at.k1; ++k) {
           const MapRoute& route = r.route[k];
-          if (!route.along_rows()) continue;
+          if (!route.along_rows) continue;
           const int64_t t = route.begin + i * route.di + j * route.dj;
           x[m].store(to + k * p.stack.stride[1] + first_step<kWidth>(t, route.dj < 0),
                      route.dj < 0);
@@ -94,7 +94,7 @@ __global__ __launch_bounds__(kThreads) void tile_kernel(const __grid_constant__ 
 #pragma unroll 1
     for (int n = 0; n < At::kCount; ++n) {
       const At pack(n);
-      const int64_t i = at.i0 + pack.first, j = at.j0 + pack.line;
+      const int i = at.i0 + pack.first, j = at.j0 + pack.line;
       if (i >= r.H || j >= r.W) continue;
       Bits<E, kWidth> x;
 #pragma unroll
@@ -103,7 +103,7 @@ __global__ __launch_bounds__(kThreads) void tile_kernel(const __grid_constant__ 
       }
       for (int k = at.k0; k < at.k1; ++k) {
         const MapRoute& route = r.route[k];
-        if (route.along_rows()) continue;
+        if (route.along_rows) continue;
         const int64_t t = route.begin + i * route.di + j * route.dj;
         x.store(to + k * p.stack.stride[1] + first_step<kWidth>(t, route.di < 0), route.di < 0);
       }

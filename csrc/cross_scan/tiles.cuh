@@ -26,8 +26,8 @@ struct Tile {
 
 // Where a block is: a tile of one channel of one batch element, and the routes that it goes along.
 struct Block {
-  int64_t b, d, i0, j0;
-  int k0, k1;
+  int64_t b, d;
+  int i0, j0, k0, k1;
 };
 
 struct TileGrid {
@@ -36,16 +36,16 @@ struct TileGrid {
   int64_t tasks;
 
   static TileGrid of(int64_t batch, int64_t channels, const MapRoutes& r, bool each) {
-    const int64_t across = (r.W - 1) / kTile + 1, down = (r.H - 1) / kTile + 1;
+    const int64_t across = (int64_t(r.W) - 1) / kTile + 1, down = (int64_t(r.H) - 1) / kTile + 1;
     const int64_t passes = each ? r.count : 1;
     return {Divisor(across), Divisor(down),      Divisor(channels),
             Divisor(passes), each ? 1 : r.count, batch * channels * passes * across * down};
   }
   __device__ __forceinline__ Block block(int64_t task) const {
     Block at;
-    int64_t pass;
-    at.b = passes.divide(dim.divide(down.divide(across.divide(task, at.j0), at.i0), at.d), pass);
-    at.i0 *= kTile, at.j0 *= kTile;
+    int64_t pass, i, j;
+    at.b = passes.divide(dim.divide(down.divide(across.divide(task, j), i), at.d), pass);
+    at.i0 = int(i) * kTile, at.j0 = int(j) * kTile;
     at.k0 = int(pass) * routes, at.k1 = at.k0 + routes;
     return at;
   }
