@@ -83,7 +83,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
   Tensor dbias = bias ? empty_like(*bias, bias->scalar_type()) : empty(x, {0}, compute);
   Tensor dinitial_state = initial_state ? empty_like(*initial_state, initial_state->scalar_type())
                                         : empty(x, {0}, compute);
-  Tensor partial = empty(x, {p.parts(), p.width + 1, p.dim}, compute);
   fill_inputs(o, found, p);
   p.dy = view<3>("dy", dy);
   p.dfinal_state = view<3>("dfinal_state", dfinal_state);
@@ -91,6 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
   p.dweight = view<2>("dweight", dweight);
   if (bias) p.dbias = view<1>("dbias", dbias);
   if (initial_state) p.dinitial_state = view<3>("dinitial_state", dinitial_state);
+  cuda::plan(p);
+  Tensor partial = empty(x, {p.rows(), p.width + 1, p.dim}, compute);
   p.partial = partial.data_ptr();
   cuda::bwd(p, device.stream);
   return {dx, dweight, dbias, dinitial_state};

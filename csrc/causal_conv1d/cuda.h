@@ -32,14 +32,18 @@ struct BwdParams : Inputs {
   View<2> dweight;         // (dim, width)
   View<1> dbias;           // (dim), or absent
   View<3> dinitial_state;  // (slot, dim, width - 1), or absent
-  void* partial;           // (parts, width + 1, dim): sums of a piece each, in the compute type
+  void* partial;           // (rows, width + 1, dim): sums of a piece each, in the compute type
 
-  static constexpr int64_t kSteps = 128;  // of a piece
-  int64_t pieces() const { return (seqlen + kSteps - 1) / kSteps; }
-  int64_t parts() const { return batch * pieces(); }
+  // Set by plan.
+  int64_t steps, pieces;  // of each batch element, `steps` time steps each
+  int64_t edge_rows;      // rows of `partial` for what states reach
+  int64_t parts() const { return batch * pieces; }
+  int64_t rows() const { return parts() + edge_rows; }
 };
 
 void fwd(const FwdParams& p, cudaStream_t stream);
+// To be called before `partial` is allocated, when all else is there.
+void plan(BwdParams& p);
 void bwd(const BwdParams& p, cudaStream_t stream);
 
 }  // namespace statescan::causal_conv1d::cuda

@@ -1,4 +1,4 @@
-"""The operators' own tests lend their samples and comparisons; `place` says where the CUDA side runs."""
+"""The operators' own tests lend their samples; `place` says where the CUDA side runs."""
 
 import sys
 from pathlib import Path

@@ -16,23 +16,25 @@ from test_causal_conv1d import LAYOUTS, MODES, SEQ_IDX, channel_last, cu, sample
 
 
 def check(place, inputs, **options):
-    """As test_causal_conv1d.check, of the forward alone."""
+    """As test_causal_conv1d.check: the outputs and every gradient."""
     options = {"activation": "silu"} | options
     if options.get("mode") == "same":
         inputs = {k: v for k, v in inputs.items() if k != "initial_state"}
     else:
         options = {"return_final_state": True} | options
-    with torch.no_grad():
-        got = place(statescan.causal_conv1d, **inputs, **options)
-        ref_options = {k: v for k, v in options.items() if k != "out_dtype"}
-        want = reference.causal_conv1d(**on_cpu.in_double(inputs), **ref_options)
-    if not options.get("return_final_state"):
-        got, want = (got,), (want,)
+    inputs = {k: v.detach().requires_grad_() if v is not None else None for k, v in inputs.items()}
+    got, grads = place(on_cpu.run, statescan.causal_conv1d, inputs, **options)
+    ref_options = {k: v for k, v in options.items() if k != "out_dtype"}
+    doubles = on_cpu.in_double(inputs)
+    want, want_grads = on_cpu.run(reference.causal_conv1d, doubles, **ref_options)
     coarsest = max((x.dtype for x in inputs.values() if x is not None), key=TOLERANCE.get)
     assert_close("y", got[0], want[0], coarsest)
     for state, wanted in zip(got[1:], want[1:], strict=True):
         assert torch.equal(state, wanted.to(state.dtype))  # copied, not computed
-    return got
+    for name, grad in grads.items():
+        assert grad.dtype == inputs[name].dtype
+        assert_close("d" + name, grad, want_grads[name], coarsest)
+    return tuple(y.detach() for y in got)
 
 
 @pytest.mark.parametrize("seqlen", [1, 3, 8, 9, 17, 65, 131])
