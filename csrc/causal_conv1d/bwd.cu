@@ -1,12 +1,12 @@
 // Backward of the short convolution on the GPU, from nothing but the inputs, which are read once:
 //
 //   a kernel for the layout    dx, and the sums of dweight and dbias of each piece, a row of `partial`
-//   edges_kernel               what initial and final states reach: dx and sums, a row for each slot
+//   edge_dx, edge_sums         what initial and final states reach: dx, and a row for each slot
 //   initial_state_kernel       the gradient of the initial state
 //   sum_kernel                 dweight and dbias: the rows of `partial`, always in the same order
 //
-// so the gradients are deterministic. Tensors of mixed or double type, other strides and widths go one
-// number at a time (any_kernel), edges included.
+// so that the gradients are deterministic. Tensors of mixed or double type, other strides and widths go one
+// number at a time (any_dx, any_sums), edges included.
 #include <algorithm>
 
 #include "causal_conv1d/bwd_first.cuh"
@@ -19,41 +19,59 @@ namespace {
 
 constexpr int kThreads = kBwdThreads;
 
-// ---- any layout
+// ---- any layout. A task of little more than one sum: ptxas keeps track of no deeper nests of loops and
+// branches without local memory.
 
-// kTeam lanes take a channel of a piece together, each every kTeam-th time step. Grid over (batch,
-// piece, channel). Neighbouring lanes are at neighbouring times (kTeam = 32) or channels (1).
+// Thread: one element of dx. Neighbouring threads have neighbouring channels or steps, whichever lie
+// closer in memory.
+template <class R>
+__global__ __launch_bounds__(kThreads) void any_dx_kernel(const BwdParams p, Divisor inner,
+                                                          Divisor outer, bool channels_inside,
+                                                          int64_t tasks) {
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
+    int64_t i, j;
+    const int64_t b = outer.divide(inner.divide(task, i), j);
+    const int64_t c = channels_inside ? i : j, t = channels_inside ? j : i;
+    const Run run = run_near(p, b, t);
+    store_dx(p, b, c, t, run.begin == run.end ? R(0) : padded_dx<R>(p, run, b, c, t));
+  }
+}
+
+// What the outputs at `at` add to dweight[k] or dbias, every step-th of them.
+template <class R>
+__device__ __forceinline__ R sum_terms(const BwdParams& p, int64_t b, int64_t c, int64_t k,
+                                       Interval at, int step) {
+  R sum = 0;
+#pragma unroll 1
+  for (int64_t t = at.begin; t < at.end; t += step) {
+    const Run run = run_near(p, b, t);
+    if (run.begin < run.end) sum += padded_term<R>(p, run, b, c, t, k);
+  }
+  return sum;
+}
+
+// kTeam lanes add up one element of `partial` together, each every kTeam-th time step. Grid over (batch,
+// piece, width + 1, channel). Neighbouring lanes are at neighbouring times (kTeam = 32) or channels (1).
 template <class R, int kTeam>
-__global__ __launch_bounds__(kThreads) void any_kernel(const BwdParams p, Divisor pieces,
-                                                       Divisor dim, int64_t tasks) {
+__global__ __launch_bounds__(kThreads) void any_sums_kernel(const BwdParams p, Divisor pieces,
+                                                            Divisor taps, Divisor dim,
+                                                            int64_t tasks) {
   const int64_t teams = int64_t(gridDim.x) * (kThreads / kTeam);
   const int64_t lane = threadIdx.x % kTeam;
   const int64_t team = int64_t(blockIdx.x) * (kThreads / kTeam) + threadIdx.x / kTeam;
   for (int64_t task = team; task < tasks; task += teams) {
-    int64_t c, piece;
-    const int64_t part = dim.divide(task, c), b = pieces.divide(part, piece);
+    int64_t c, k, piece;
+    const int64_t b = pieces.divide(taps.divide(dim.divide(task, c), k), piece);
     const int64_t begin = piece * p.steps;
     const int64_t end = begin + p.steps < p.seqlen ? begin + p.steps : p.seqlen;
-#pragma unroll 1
-    for (int64_t t = begin + lane; t < end; t += kTeam) {
-      const Run run = run_near(p, b, t);
-      store_dx(p, b, c, t, run.begin == run.end ? R(0) : padded_dx<R>(p, run, b, c, t));
-    }
-#pragma unroll 1
-    for (int64_t k = 0; k <= p.width; ++k) {
-      R sum = 0;
-#pragma unroll 1
-      for (int64_t t = begin + lane; t < end; t += kTeam) {
-        const Run run = run_near(p, b, t);
-        if (run.begin < run.end) sum += padded_term<R>(p, run, b, c, t, k);
-      }
-      __syncwarp();
+    R sum = sum_terms<R>(p, b, c, k, {begin + lane, end}, kTeam);
+    __syncwarp();
 #pragma unroll
-      for (int lanes = kTeam / 2; lanes > 0; lanes /= 2) {
-        sum += __shfl_xor_sync(kLanes, sum, lanes);
-      }
-      if (lane == 0) static_cast<R*>(p.partial)[(part * (p.width + 1) + k) * p.dim + c] = sum;
+    for (int lanes = kTeam / 2; lanes > 0; lanes /= 2) {
+      sum += __shfl_xor_sync(kLanes, sum, lanes);
     }
+    if (lane == 0) static_cast<R*>(p.partial)[task] = sum;
   }
 }
 
@@ -68,34 +86,39 @@ __device__ __forceinline__ Run run_of_slot(const Sequences& s, int64_t slot, boo
   return {ends.begin, ends.first_end, slot};
 }
 
-// Thread: what the states of one slot reach in one channel, see Edges. The sums are row `parts + slot`
-// of `partial`, if there is an initial state.
-__global__ __launch_bounds__(kThreads) void edges_kernel(const BwdParams p, Divisor dim,
-                                                         int64_t parts, int64_t tasks) {
-  const int64_t stride = int64_t(gridDim.x) * kThreads;
+__device__ __forceinline__ Edges edges_of_slot(const BwdParams& p, int64_t slot) {
   const Sequences& s = p.sequences;
+  return Edges(p, s.offsets ? ends_of(packed_run(s, slot)) : ends_of(s, slot));
+}
+
+// Thread: dx at the i-th of 2 (width - 1) places that a slot's states reach in one channel, see Edges.
+__global__ __launch_bounds__(kThreads) void edge_dx_kernel(const BwdParams p, Divisor places,
+                                                           Divisor dim, int64_t tasks) {
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
-    int64_t c;
-    const int64_t slot = dim.divide(task, c), b = s.offsets ? 0 : slot;
-    const Edges edges(p, s.offsets ? ends_of(packed_run(s, slot)) : ends_of(s, b));
-#pragma unroll 1
-    for (int edge = 0; edge < 2; ++edge) {
-      const int64_t end = edge == 0 ? edges.initial.end : edges.final.end;
-#pragma unroll 1
-      for (int64_t t = edge == 0 ? edges.initial.begin : edges.final.begin; t < end; ++t) {
-        store_dx(p, b, c, t, padded_dx<float>(p, run_near(p, b, t), b, c, t));
-      }
-    }
-    if (!p.initial_state) continue;
-#pragma unroll 1
-    for (int64_t k = 0; k <= p.width; ++k) {
-      float sum = 0;
-#pragma unroll 1
-      for (int64_t t = edges.initial.begin; t < edges.initial.end; ++t) {
-        sum += padded_term<float>(p, run_near(p, b, t), b, c, t, k);
-      }
-      static_cast<float*>(p.partial)[((parts + slot) * (p.width + 1) + k) * p.dim + c] = sum;
-    }
+    int64_t i, c;
+    const int64_t slot = dim.divide(places.divide(task, i), c);
+    const int64_t b = p.sequences.offsets ? 0 : slot;
+    const Edges edges = edges_of_slot(p, slot);
+    const bool first = i < p.width - 1;
+    const int64_t t = first ? edges.initial.begin + i : edges.final.begin + i - (p.width - 1);
+    if (t >= (first ? edges.initial.end : edges.final.end)) continue;
+    if (!first && edges.initial.holds(t)) continue;  // of a short run: it is done already
+    const Run run = run_near(p, b, t);
+    if (p.sequences.offsets && run.slot != slot) continue;  // offsets that make no sense
+    store_dx(p, b, c, t, padded_dx<float>(p, run, b, c, t));
+  }
+}
+
+// Thread: one element of the row of `partial` for what a slot's initial state reaches.
+__global__ __launch_bounds__(kThreads) void edge_sums_kernel(const BwdParams p, Divisor taps,
+                                                             Divisor dim, int64_t tasks) {
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  float* partial = static_cast<float*>(p.partial) + p.parts() * (p.width + 1) * p.dim;
+  for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
+    int64_t c, k;
+    const int64_t slot = taps.divide(dim.divide(task, c), k), b = p.sequences.offsets ? 0 : slot;
+    partial[task] = sum_terms<float>(p, b, c, k, edges_of_slot(p, slot).initial, 1);
   }
 }
 
@@ -215,19 +238,28 @@ void launch_fast(const BwdParams& p, cudaStream_t stream) {
 }
 
 void launch_edges(const BwdParams& p, cudaStream_t stream) {
-  const int64_t tasks = p.sequences.slots() * p.dim;
   if (!p.initial_state && !p.dfinal_state) return;
-  launch("causal_conv1d bwd, edges", edges_kernel, blocks_for(tasks, kThreads), kThreads, 0, stream,
-         p, Divisor(p.dim), p.parts(), tasks);
+  const int64_t places = 2 * (p.width - 1), tasks = p.sequences.slots() * p.dim * places;
+  launch("causal_conv1d bwd, dx at the edges", edge_dx_kernel, blocks_for(tasks, kThreads),
+         kThreads, 0, stream, p, Divisor(places), Divisor(p.dim), tasks);
+  const int64_t sums = p.edge_rows * (p.width + 1) * p.dim;
+  if (sums == 0) return;
+  launch("causal_conv1d bwd, sums at the edges", edge_sums_kernel, blocks_for(sums, kThreads),
+         kThreads, 0, stream, p, Divisor(p.width + 1), Divisor(p.dim), sums);
 }
 
 template <class R>
 void launch_any(const BwdParams& p, cudaStream_t stream) {
-  const int64_t tasks = p.parts() * p.dim;
   const bool over_time = p.x.stride[2] < p.x.stride[1];
-  launch("causal_conv1d bwd, any layout", over_time ? any_kernel<R, 32> : any_kernel<R, 1>,
-         blocks_for(tasks, over_time ? kThreads / 32 : kThreads), kThreads, 0, stream, p,
-         Divisor(p.pieces), Divisor(p.dim), tasks);
+  const int64_t tasks = p.batch * p.dim * p.seqlen;
+  launch("causal_conv1d bwd, dx of any layout", any_dx_kernel<R>, blocks_for(tasks, kThreads),
+         kThreads, 0, stream, p, Divisor(over_time ? p.seqlen : p.dim),
+         Divisor(over_time ? p.dim : p.seqlen), !over_time, tasks);
+  const int64_t sums = p.parts() * (p.width + 1) * p.dim;
+  launch("causal_conv1d bwd, sums of any layout",
+         over_time ? any_sums_kernel<R, 32> : any_sums_kernel<R, 1>,
+         blocks_for(sums, over_time ? kThreads / 32 : kThreads), kThreads, 0, stream, p,
+         Divisor(p.pieces), Divisor(p.width + 1), Divisor(p.dim), sums);
 }
 
 template <class R>

@@ -28,7 +28,7 @@ struct Window {
   uint32_t starts = 0;     // a sequence begins here
   uint32_t no_input = 0;   // padding, or outside of the tensor
   uint32_t no_output = 0;  // nor an output, or one that sees a state
-  uint32_t no_store = 0;   // outside of the tensor, or dx is edges_kernel's
+  uint32_t no_store = 0;   // outside of the tensor, or dx is edge_dx_kernel's
 
   __device__ __forceinline__ bool whole() const {
     return (starts | no_input | no_output | no_store) == 0;

@@ -80,7 +80,7 @@ struct Interval {
 
 // The width - 1 outputs that see an initial state, and the inputs that only they see, lie at one end of
 // a run; the width - 1 inputs that are copied into a final state at the other. The fast kernels leave
-// both to edges_kernel.
+// both to edge_dx_kernel and edge_sums_kernel.
 struct Edges {
   Interval initial, final;
 

@@ -37,7 +37,7 @@ struct BwdParams : Inputs {
   // Set by plan.
   int64_t steps, pieces;  // of each batch element, `steps` time steps each
   int64_t edge_rows;      // rows of `partial` for what states reach
-  int64_t parts() const { return batch * pieces; }
+  STATESCAN_HOST_DEVICE int64_t parts() const { return batch * pieces; }
   int64_t rows() const { return parts() + edge_rows; }
 };
 
