@@ -1,0 +1,455 @@
+// The state update on the GPU. Bound by memory: every number of the state is read and written once, 16
+// bytes at a time, and all that a token needs is asked for before anything is computed.
+//
+//   a row of the state, N = 128 in float32:   | lane 0 | lane 1 | .. | lane 31 |   4 numbers each
+//   a shorter one, N = 16:                    | 0 | 1 | 2 | 3 | next row: | 4 | 5 | 6 | 7 | ..
+//
+// A warp has kRows rows in each place, so that as many packs of each lane are on their way; rows of one
+// head share its B and C. A lane keeps its packs from token to token. The sum over a row is one of
+// shuffles, after which lane i of a row finishes the i-th of its kRows (D, z, store).
+//
+// What indices hold is read here, on the device. A slot that does not exist is skipped like a negative
+// one; that slots differ from each other is up to the caller.
+#include "common/device_view.cuh"
+#include "common/divisor.h"
+#include "common/launch.h"
+#include "common/scalar.cuh"
+#include "selective_state_update/cuda.h"
+
+#include "selective_state_update/equations.h"
+
+namespace statescan::selective_state_update::cuda {
+namespace {
+
+constexpr int kThreads = 64;  // few: a small batch spreads over more SMs
+constexpr int kWarps = kThreads / 32;
+constexpr unsigned kLanes = 0xffffffffu;
+constexpr double kLog2e = 1.4426950408889634;
+
+// -1: there is none.
+__device__ __forceinline__ int64_t slot_at(const Params& p, int64_t b) {
+  if (!p.slot_of) return b;
+  const int64_t slot = p.slot_of.at(b);
+  return slot < p.slots ? slot : -1;
+}
+
+// A number as it is in memory, float or 16 bits: loading it neither branches nor waits for it.
+struct Raw {
+  uint32_t bits = 0;
+
+  __device__ __forceinline__ static Raw load(const void* data, DType dtype, int64_t offset) {
+    Raw raw;
+    if (dtype == DType::kFloat32) {
+      raw.bits = static_cast<const uint32_t*>(data)[offset];
+    } else {
+      raw.bits = static_cast<const uint16_t*>(data)[offset];
+    }
+    return raw;
+  }
+  __device__ __forceinline__ float number(DType dtype) const {
+    const float half = ptx::f16_to_float(uint16_t(bits));
+    return dtype == DType::kFloat32   ? bits_to_float(bits)
+           : dtype == DType::kFloat16 ? half
+                                      : bits_to_float(bits << 16);
+  }
+};
+
+__device__ __forceinline__ Raw at_row(const View<4>& v, int64_t b, int64_t t, int64_t head,
+                                      int64_t row) {
+  return Raw::load(v.data, v.dtype,
+                   b * v.stride[0] + t * v.stride[1] + head * v.stride[2] + row * v.stride[3]);
+}
+__device__ __forceinline__ Raw at_row(const View<2>& v, int64_t head, int64_t row) {
+  return Raw::load(v.data, v.dtype, head * v.stride[0] + row * v.stride[1]);
+}
+
+// kCount numbers side by side, in as many loads of 16 bytes as they take (or one of 8).
+template <class T, int kCount>
+struct Line {
+  static constexpr int kPart = kCount < kPackSize<T> ? kCount : kPackSize<T>;
+  static constexpr int kParts = kCount / kPart;
+  Pack<T, kPart> part[kParts];
+
+  __device__ __forceinline__ void load(const void* data, int64_t offset) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      part[i] = Pack<T, kPart>::load(static_cast<const T*>(data) + offset + i * kPart);
+    }
+  }
+  __device__ __forceinline__ void unpack(float (&x)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      float some[kPart];
+      part[i].unpack(some);
+#pragma unroll
+      for (int j = 0; j < kPart; ++j) x[i * kPart + j] = some[j];
+    }
+  }
+};
+
+// Where a lane is: `lanes` lanes to a row, `places` rows of a warp side by side.
+struct Place {
+  int lanes, places;
+  int lane;  // of its row
+  int64_t b, head, group, first_row;
+
+  __device__ __forceinline__ int64_t row(int i) const { return first_row + i * places; }
+};
+
+// Some rows of the state, and what belongs to them, in a lane. T is the type of the state, X that of x,
+// B, C and z. kRowDecay: A is the same for all numbers of a row.
+template <class T, class X, int kPacks, bool kRowDecay>
+struct Rows {
+  static constexpr int kVec = kPackSize<T>, kRows = 4 / kPacks;
+  static constexpr int kAPacks = kRowDecay ? 1 : kPacks, kAVec = kRowDecay ? 1 : kVec;
+
+  float h[kRows][kPacks][kVec];
+  float A[kRows][kAPacks][kAVec];
+  Raw dt_bias[kRows], D;
+  // Of one token.
+  Line<X, kVec> B[kPacks], C[kPacks];
+  Raw x[kRows], dt[kRows], z;
+
+  static __device__ __forceinline__ int64_t number(const Place& at, int pack) {
+    return int64_t(pack * at.lanes + at.lane) * kVec;
+  }
+  static __device__ __forceinline__ int own_row(const Place& at) { return at.lane % kRows; }
+
+  __device__ __forceinline__ void load_token(const Params& p, const Place& at, int64_t t) {
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+      const int64_t n = number(at, j);
+      B[j] = {}, C[j] = {};
+      if (n >= p.state) continue;
+      const View<4>&v = p.B, &w = p.C;
+      B[j].load(v.data, at.b * v.stride[0] + t * v.stride[1] + at.group * v.stride[2] + n);
+      C[j].load(w.data, at.b * w.stride[0] + t * w.stride[1] + at.group * w.stride[2] + n);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      x[i] = dt[i] = {};
+      if (at.row(i) >= p.headdim) continue;
+      x[i] = at_row(p.x, at.b, t, at.head, at.row(i));
+      dt[i] = at_row(p.dt, at.b, t, at.head, at.row(i));
+    }
+    z = {};
+    const int64_t row = at.row(own_row(at));
+    if (p.z && row < p.headdim) z = at_row(p.z, at.b, t, at.head, row);
+  }
+
+  __device__ __forceinline__ void load_parameters(const Params& p, const Place& at) {
+    D = {};
+    const int64_t own = at.row(own_row(at));
+    if (p.D && own < p.headdim) D = at_row(p.D, at.head, own);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      dt_bias[i] = {};
+      const int64_t row = at.row(i);
+      if (p.dt_bias && row < p.headdim) dt_bias[i] = at_row(p.dt_bias, at.head, row);
+      const int64_t offset = at.head * p.A.stride[0] + row * p.A.stride[1];
+#pragma unroll
+      for (int j = 0; j < kAPacks; ++j) {
+#pragma unroll
+        for (int k = 0; k < kAVec; ++k) A[i][j][k] = 0;
+        if (row >= p.headdim) continue;
+        if constexpr (kRowDecay) {
+          A[i][j][0] = Raw::load(p.A.data, p.A.dtype, offset).number(p.A.dtype);
+        } else if (number(at, j) < p.state) {
+          Line<float, kVec> line;
+          line.load(p.A.data, offset + number(at, j));
+          line.unpack(A[i][j]);
+        }
+      }
+    }
+  }
+
+  static __device__ __forceinline__ T* state_at(const Params& p, const Place& at, int64_t slot,
+                                                int i, int j) {
+    return static_cast<T*>(p.h.data) + slot * p.h.stride[0] + at.head * p.h.stride[1] +
+           at.row(i) * p.h.stride[2] + number(at, j);
+  }
+  __device__ __forceinline__ void load_state(const Params& p, const Place& at, int64_t slot) {
+    Pack<T, kVec> packs[kRows][kPacks];  // all of them, before the first is looked at
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPacks; ++j) {
+        packs[i][j] = {};
+        if (at.row(i) < p.headdim && number(at, j) < p.state) {
+          packs[i][j] = Pack<T, kVec>::load(state_at(p, at, slot, i, j));
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPacks; ++j) packs[i][j].unpack(h[i][j]);
+    }
+  }
+  __device__ __forceinline__ void store_state(const Params& p, const Place& at,
+                                              int64_t slot) const {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+      for (int j = 0; j < kPacks; ++j) {
+        if (at.row(i) < p.headdim && number(at, j) < p.state) {
+          Pack<T, kVec>::of(h[i][j]).store(state_at(p, at, slot, i, j));
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ float step_of(const Params& p, int i) const {
+    return step_size(dt[i].number(p.dt.dtype), dt_bias[i].number(p.dt_bias.dtype), p.dt_softplus,
+                     float(p.dt_min), float(p.dt_max));
+  }
+
+  // h of the next token, and this lane's part of <C, h> for each row.
+  __device__ __forceinline__ void advance(const Params& p, bool tied, float (&sum)[kRows]) {
+    float B_n[kPacks][kVec], C_n[kPacks][kVec];
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) B[j].unpack(B_n[j]), C[j].unpack(C_n[j]);
+    float step = step_of(p, 0), a = 0;
+    if constexpr (kRowDecay) a = decay(step * float(kLog2e), A[0][0][0]);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (i > 0 && !tied) {
+        step = step_of(p, i);
+        if constexpr (kRowDecay) a = decay(step * float(kLog2e), A[i][0][0]);
+      }
+      const float dt_x = step * x[i].number(p.x.dtype);
+      sum[i] = 0;
+#pragma unroll
+      for (int j = 0; j < kPacks; ++j) {
+#pragma unroll
+        for (int k = 0; k < kVec; ++k) {
+          if constexpr (!kRowDecay) a = decay(step * float(kLog2e), A[i][j][k]);
+          h[i][j][k] = next_state(a, h[i][j][k], dt_x, B_n[j][k]);
+          sum[i] += h[i][j][k] * C_n[j][k];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_output(const Params& p, const Place& at, int64_t t,
+                                               float (&sum)[kRows]) const {
+#pragma unroll 1
+    for (int lanes = at.lanes / 2; lanes > 0; lanes /= 2) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) sum[i] += __shfl_xor_sync(kLanes, sum[i], lanes);
+    }
+#pragma unroll 1
+    for (int i = at.lane; i < kRows; i += at.lanes) {  // more than once only if lanes < kRows
+      const int64_t row = at.row(i);
+      if (row >= p.headdim) break;
+      float y = sum[0];
+      Raw own_x = x[0];
+#pragma unroll
+      for (int j = 1; j < kRows; ++j) {
+        if (i == j) y = sum[j], own_x = x[j];
+      }
+      const bool loaded = i == at.lane;
+      if (p.D) {
+        const Raw own_D = loaded ? D : at_row(p.D, at.head, row);
+        y = skip(y, own_D.number(p.D.dtype), own_x.number(p.x.dtype));
+      }
+      if (p.z) {
+        const Raw own_z = loaded ? z : at_row(p.z, at.b, t, at.head, row);
+        y = gate(y, own_z.number(p.z.dtype));
+      }
+      const View<4>& v = p.y;
+      store_element(
+          v.data, v.dtype,
+          at.b * v.stride[0] + t * v.stride[1] + at.head * v.stride[2] + row * v.stride[3], y);
+    }
+    __syncwarp();
+  }
+};
+
+// Warp: kRows x places rows of one head of a batch element, all tokens. Grid over (batch, head, part).
+template <class T, class X, int kPacks, bool kRowDecay>
+__global__ __launch_bounds__(kThreads) void rows_kernel(const Params p, int lanes, Divisor heads,
+                                                        Divisor parts, int64_t tasks) {
+  using Share = Rows<T, X, kPacks, kRowDecay>;
+  const int64_t stride = int64_t(gridDim.x) * kWarps;
+  const bool tied = p.decay_is_tied();
+  const int lane = int(threadIdx.x % 32);
+  for (int64_t task = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; task < tasks;
+       task += stride) {
+    Place at{lanes, 32 / lanes, lane % lanes};
+    int64_t part;
+    at.b = heads.divide(parts.divide(task, part), at.head);
+    at.group = at.head / (p.heads / p.groups);
+    at.first_row = part * Share::kRows * at.places + lane / lanes;
+    const int64_t slot = slot_at(p, at.b);
+    if (slot < 0) {
+      for (int64_t t = 0; p.compute_output && t < p.tokens; ++t) {
+        for (int i = at.lane; i < Share::kRows; i += lanes) {
+          if (at.row(i) >= p.headdim) break;
+          const View<4>& v = p.y;
+          store_element(v.data, v.dtype,
+                        at.b * v.stride[0] + t * v.stride[1] + at.head * v.stride[2] +
+                            at.row(i) * v.stride[3],
+                        0.0f);
+        }
+      }
+      continue;
+    }
+    Share share;
+    share.load_token(p, at, 0);
+    share.load_parameters(p, at);
+    share.load_state(p, at, slot);
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      float sum[Share::kRows];
+      share.advance(p, tied, sum);
+      if (p.compute_output) share.store_output(p, at, t, sum);
+      if (t + 1 < p.tokens) share.load_token(p, at, t + 1);
+    }
+    share.store_state(p, at, slot);
+  }
+}
+
+// ---- any dtypes and strides
+
+template <class R>
+__device__ __forceinline__ R element(const View<4>& v, int64_t b, int64_t t, int64_t i, int64_t j) {
+  return load_element<R>(v.data, v.dtype,
+                         b * v.stride[0] + t * v.stride[1] + i * v.stride[2] + j * v.stride[3]);
+}
+
+template <class R>
+__device__ __forceinline__ R any_step(const Params& p, int64_t b, int64_t t, int64_t head,
+                                      int64_t row) {
+  const View<2>& v = p.dt_bias;
+  const R bias =
+      v ? load_element<R>(v.data, v.dtype, head * v.stride[0] + row * v.stride[1]) : R(0);
+  return step_size(element<R>(p.dt, b, t, head, row), bias, p.dt_softplus, R(p.dt_min),
+                   R(p.dt_max));
+}
+
+// Warp: one row of the state of a batch element. A state that is not of the compute type is rounded once:
+// every token starts again from the state before the call.
+template <class R>
+__global__ __launch_bounds__(kThreads) void any_kernel(const Params p, Divisor heads, Divisor rows,
+                                                       int64_t tasks) {
+  const int64_t stride = int64_t(gridDim.x) * kWarps;
+  const bool in_place = p.h.dtype == p.compute;
+  for (int64_t task = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; task < tasks;
+       task += stride) {
+    int64_t head, row;
+    const int64_t b = heads.divide(rows.divide(task, row), head);
+    const int64_t group = head / (p.heads / p.groups), slot = slot_at(p, b);
+    const int64_t state = slot < 0 ? 0 : p.state;
+    const int64_t offset = slot * p.h.stride[0] + head * p.h.stride[1] + row * p.h.stride[2];
+#pragma unroll 1
+    for (int64_t t = 0; t < p.tokens; ++t) {
+      R sum = 0;
+#pragma unroll 1
+      for (int64_t n = threadIdx.x % 32; n < state; n += 32) {
+        const R A = load_element<R>(p.A.data, p.A.dtype,
+                                    head * p.A.stride[0] + row * p.A.stride[1] + n * p.A.stride[2]);
+        R h = load_element<R>(p.h.data, p.h.dtype, offset + n * p.h.stride[3]);
+#pragma unroll 1
+        for (int64_t s = in_place ? t : 0; s <= t; ++s) {
+          const R step = any_step<R>(p, b, s, head, row);
+          h = next_state(decay(step * R(kLog2e), A), h, step * element<R>(p.x, b, s, head, row),
+                         element<R>(p.B, b, s, group, n));
+        }
+        if (in_place || t + 1 == p.tokens) {
+          store_element(p.h.data, p.h.dtype, offset + n * p.h.stride[3], h);
+        }
+        sum += h * element<R>(p.C, b, t, group, n);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kLanes, sum, lanes);
+      if (!p.compute_output || threadIdx.x % 32 != 0) continue;
+      if (p.D && slot >= 0) {
+        const R D =
+            load_element<R>(p.D.data, p.D.dtype, head * p.D.stride[0] + row * p.D.stride[1]);
+        sum = skip(sum, D, element<R>(p.x, b, t, head, row));
+      }
+      if (p.z && slot >= 0) sum = gate(sum, element<R>(p.z, b, t, head, row));
+      const View<4>& v = p.y;
+      store_element(v.data, v.dtype,
+                    b * v.stride[0] + t * v.stride[1] + head * v.stride[2] + row * v.stride[3],
+                    sum);
+    }
+  }
+}
+
+// ---- launches
+
+// Starts of lines of kVec numbers are as aligned as their loads want them.
+template <int kRank>
+bool in_lines(const View<kRank>& v, int64_t numbers) {
+  const int64_t bytes = element_bytes(v.dtype) * numbers;
+  const int64_t unit = (bytes < 16 ? bytes : 16) / element_bytes(v.dtype);
+  bool aligned = reinterpret_cast<uintptr_t>(v.data) % (unit * element_bytes(v.dtype)) == 0 &&
+                 v.stride[kRank - 1] == 1;
+  for (int i = 0; i + 1 < kRank; ++i) aligned = aligned && v.stride[i] % unit == 0;
+  return aligned;
+}
+
+template <class T, class X>
+bool is_fast(const Params& p) {
+  constexpr int64_t kVec = kPackSize<T>;
+  const bool lines = in_lines(p.h, kVec) && in_lines(p.B, kVec) && in_lines(p.C, kVec);
+  const bool decays = p.A.stride[2] == 0 || (p.A.dtype == DType::kFloat32 && in_lines(p.A, kVec));
+  return lines && decays && p.state % kVec == 0 && p.state <= 64 * kVec;
+}
+
+template <class T, class X, int kPacks, bool kRowDecay>
+void launch_rows(const Params& p, cudaStream_t stream) {
+  using Share = Rows<T, X, kPacks, kRowDecay>;
+  const int64_t packs = p.state / Share::kVec;
+  int lanes = 1;
+  while (lanes * kPacks < packs) lanes *= 2;
+  const int64_t rows = Share::kRows * (32 / lanes), parts = (p.headdim + rows - 1) / rows;
+  const int64_t tasks = p.batch * p.heads * parts;
+  launch("selective_state_update", rows_kernel<T, X, kPacks, kRowDecay>, blocks_for(tasks, kWarps),
+         kThreads, 0, stream, p, lanes, Divisor(p.heads), Divisor(parts), tasks);
+}
+
+// Whether there is a kernel of 16-byte packs for it, which then is launched.
+template <class T, class X>
+bool launch_fast(const Params& p, cudaStream_t stream) {
+  if (!is_fast<T, X>(p)) return false;
+  const bool wide = p.state > 32 * kPackSize<T>;
+  if (p.A.stride[2] == 0) {
+    wide ? launch_rows<T, X, 2, true>(p, stream) : launch_rows<T, X, 1, true>(p, stream);
+  } else {
+    wide ? launch_rows<T, X, 2, false>(p, stream) : launch_rows<T, X, 1, false>(p, stream);
+  }
+  return true;
+}
+
+bool launch_if_fast(const Params& p, cudaStream_t stream) {
+  const DType x = p.B.dtype;
+  if (p.compute != DType::kFloat32 || p.C.dtype != x) return false;
+  switch (p.h.dtype) {
+    case DType::kFloat32:
+      if (x == DType::kFloat32) return launch_fast<float, float>(p, stream);
+      if (x == DType::kBFloat16) return launch_fast<float, BFloat16>(p, stream);
+      return launch_fast<float, Half>(p, stream);
+    case DType::kBFloat16:
+      return x == DType::kBFloat16 && launch_fast<BFloat16, BFloat16>(p, stream);
+    case DType::kFloat16:
+      if (x == DType::kFloat16) return launch_fast<Half, Half>(p, stream);
+      return x == DType::kBFloat16 && launch_fast<Half, BFloat16>(p, stream);
+    default: return false;
+  }
+}
+
+}  // namespace
+
+void update(const Params& p, cudaStream_t stream) {
+  const int64_t rows = p.batch * p.heads * p.headdim;
+  if (rows == 0 || p.tokens == 0 || launch_if_fast(p, stream)) return;
+  launch("selective_state_update, any layout",
+         p.compute == DType::kFloat64 ? any_kernel<double> : any_kernel<float>,
+         blocks_for(rows, kWarps), kThreads, 0, stream, p, Divisor(p.heads), Divisor(p.headdim),
+         rows);
+}
+
+}  // namespace statescan::selective_state_update::cuda
