@@ -92,28 +92,32 @@ struct Place {
   int lanes, places;
   int lane;  // of its row
   int64_t b, head, group, first_row;
+  int rows;  // of the head from first_row on, as far as they matter
 
   __device__ __forceinline__ int64_t row(int i) const { return first_row + i * places; }
+  __device__ __forceinline__ bool has(int i) const { return i * places < rows; }
 };
 
-// Some rows of the state, and what belongs to them, in a lane. T is the type of the state, X that of x,
-// B, C and z. kRowDecay: A is the same for all numbers of a row.
+// Some rows of the state, and what belongs to them, in a lane. T is the type of the state, X that of B and
+// C. kRowDecay: A is the same for all numbers of a row. What belongs to a row as a whole, lane i of a row
+// loads and computes for the i-th of its kRows, its own one, and hands to the others by shuffles.
 template <class T, class X, int kPacks, bool kRowDecay>
 struct Rows {
-  static constexpr int kVec = kPackSize<T>, kRows = 4 / kPacks;
-  static constexpr int kAPacks = kRowDecay ? 1 : kPacks, kAVec = kRowDecay ? 1 : kVec;
+  static constexpr int kVec = kPackSize<T>;
+  // 4 packs of the state in registers, or 8 numbers beside as many of A.
+  static constexpr int kMost = (kRowDecay ? 4 : 8 / kVec) / kPacks, kRows = kMost > 1 ? kMost : 1;
+  static constexpr int kARows = kRowDecay ? 1 : kRows;
 
   float h[kRows][kPacks][kVec];
-  float A[kRows][kAPacks][kAVec];
-  Raw dt_bias[kRows], D;
+  Line<float, kRowDecay ? 1 : kVec> A[kARows][kPacks];
+  Raw own_A, dt_bias, D;
   // Of one token.
   Line<X, kVec> B[kPacks], C[kPacks];
-  Raw x[kRows], dt[kRows], z;
+  Raw x, dt, z;
 
   static __device__ __forceinline__ int64_t number(const Place& at, int pack) {
     return int64_t(pack * at.lanes + at.lane) * kVec;
   }
-  static __device__ __forceinline__ int own_row(const Place& at) { return at.lane % kRows; }
 
   __device__ __forceinline__ void load_token(const Params& p, const Place& at, int64_t t) {
 #pragma unroll
@@ -125,58 +129,54 @@ struct Rows {
       B[j].load(v.data, at.b * v.stride[0] + t * v.stride[1] + at.group * v.stride[2] + n);
       C[j].load(w.data, at.b * w.stride[0] + t * w.stride[1] + at.group * w.stride[2] + n);
     }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      x[i] = dt[i] = {};
-      if (at.row(i) >= p.headdim) continue;
-      x[i] = at_row(p.x, at.b, t, at.head, at.row(i));
-      dt[i] = at_row(p.dt, at.b, t, at.head, at.row(i));
-    }
-    z = {};
-    const int64_t row = at.row(own_row(at));
-    if (p.z && row < p.headdim) z = at_row(p.z, at.b, t, at.head, row);
+    x = dt = z = {};
+    const int own = at.lane % kRows;
+    if (!at.has(own)) return;
+    x = at_row(p.x, at.b, t, at.head, at.row(own));
+    dt = at_row(p.dt, at.b, t, at.head, at.row(own));
+    if (p.z) z = at_row(p.z, at.b, t, at.head, at.row(own));
   }
 
   __device__ __forceinline__ void load_parameters(const Params& p, const Place& at) {
-    D = {};
-    const int64_t own = at.row(own_row(at));
-    if (p.D && own < p.headdim) D = at_row(p.D, at.head, own);
+    own_A = dt_bias = D = {};
+    const int own = at.lane % kRows;
+    if (at.has(own)) {
+      if (p.D) D = at_row(p.D, at.head, at.row(own));
+      if (p.dt_bias) dt_bias = at_row(p.dt_bias, at.head, at.row(own));
+      if (kRowDecay) {
+        own_A =
+            Raw::load(p.A.data, p.A.dtype, at.head * p.A.stride[0] + at.row(own) * p.A.stride[1]);
+      }
+    }
+    if constexpr (!kRowDecay) {
+      const int64_t offset = at.head * p.A.stride[0] + number(at, 0);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      dt_bias[i] = {};
-      const int64_t row = at.row(i);
-      if (p.dt_bias && row < p.headdim) dt_bias[i] = at_row(p.dt_bias, at.head, row);
-      const int64_t offset = at.head * p.A.stride[0] + row * p.A.stride[1];
+      for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < kAPacks; ++j) {
-#pragma unroll
-        for (int k = 0; k < kAVec; ++k) A[i][j][k] = 0;
-        if (row >= p.headdim) continue;
-        if constexpr (kRowDecay) {
-          A[i][j][0] = Raw::load(p.A.data, p.A.dtype, offset).number(p.A.dtype);
-        } else if (number(at, j) < p.state) {
-          Line<float, kVec> line;
-          line.load(p.A.data, offset + number(at, j));
-          line.unpack(A[i][j]);
+        for (int j = 0; j < kPacks; ++j) {
+          A[i][j] = {};
+          if (!at.has(i) || number(at, j) >= p.state) continue;
+          A[i][j].load(p.A.data, offset + at.row(i) * p.A.stride[1] + j * at.lanes * kVec);
         }
       }
     }
   }
 
-  static __device__ __forceinline__ T* state_at(const Params& p, const Place& at, int64_t slot,
-                                                int i, int j) {
+  // The first of a lane's packs of the state.
+  static __device__ __forceinline__ T* state_at(const Params& p, const Place& at, int64_t slot) {
     return static_cast<T*>(p.h.data) + slot * p.h.stride[0] + at.head * p.h.stride[1] +
-           at.row(i) * p.h.stride[2] + number(at, j);
+           at.first_row * p.h.stride[2] + number(at, 0);
   }
-  __device__ __forceinline__ void load_state(const Params& p, const Place& at, int64_t slot) {
+  __device__ __forceinline__ void load_state(const Params& p, const Place& at, const T* from) {
+    const int64_t step = at.places * p.h.stride[2];
     Pack<T, kVec> packs[kRows][kPacks];  // all of them, before the first is looked at
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
       for (int j = 0; j < kPacks; ++j) {
         packs[i][j] = {};
-        if (at.row(i) < p.headdim && number(at, j) < p.state) {
-          packs[i][j] = Pack<T, kVec>::load(state_at(p, at, slot, i, j));
+        if (at.has(i) && number(at, j) < p.state) {
+          packs[i][j] = Pack<T, kVec>::load(from + i * step + j * at.lanes * kVec);
         }
       }
     }
@@ -186,44 +186,41 @@ struct Rows {
       for (int j = 0; j < kPacks; ++j) packs[i][j].unpack(h[i][j]);
     }
   }
-  __device__ __forceinline__ void store_state(const Params& p, const Place& at,
-                                              int64_t slot) const {
+  __device__ __forceinline__ void store_state(const Params& p, const Place& at, T* to) const {
+    const int64_t step = at.places * p.h.stride[2];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
       for (int j = 0; j < kPacks; ++j) {
-        if (at.row(i) < p.headdim && number(at, j) < p.state) {
-          Pack<T, kVec>::of(h[i][j]).store(state_at(p, at, slot, i, j));
+        if (at.has(i) && number(at, j) < p.state) {
+          Pack<T, kVec>::of(h[i][j]).store(to + i * step + j * at.lanes * kVec);
         }
       }
     }
   }
 
-  __device__ __forceinline__ float step_of(const Params& p, int i) const {
-    return step_size(dt[i].number(p.dt.dtype), dt_bias[i].number(p.dt_bias.dtype), p.dt_softplus,
-                     float(p.dt_min), float(p.dt_max));
-  }
-
   // h of the next token, and this lane's part of <C, h> for each row.
-  __device__ __forceinline__ void advance(const Params& p, bool tied, float (&sum)[kRows]) {
+  __device__ __forceinline__ void advance(const Params& p, const Place& at, float (&sum)[kRows]) {
+    const float step = step_size(dt.number(p.dt.dtype), dt_bias.number(p.dt_bias.dtype),
+                                 p.dt_softplus, float(p.dt_min), float(p.dt_max));
+    const float own_dt_x = step * x.number(p.x.dtype);
+    float own_a = step * float(kLog2e);
+    if (kRowDecay) own_a = decay(own_a, own_A.number(p.A.dtype));
     float B_n[kPacks][kVec], C_n[kPacks][kVec];
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) B[j].unpack(B_n[j]), C[j].unpack(C_n[j]);
-    float step = step_of(p, 0), a = 0;
-    if constexpr (kRowDecay) a = decay(step * float(kLog2e), A[0][0][0]);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      if (i > 0 && !tied) {
-        step = step_of(p, i);
-        if constexpr (kRowDecay) a = decay(step * float(kLog2e), A[i][0][0]);
-      }
-      const float dt_x = step * x[i].number(p.x.dtype);
+      const float dt_x = __shfl_sync(kLanes, own_dt_x, i, at.lanes);
+      const float row_a = __shfl_sync(kLanes, own_a, i, at.lanes);
       sum[i] = 0;
 #pragma unroll
       for (int j = 0; j < kPacks; ++j) {
+        float A_n[kVec];
+        if constexpr (!kRowDecay) A[i][j].unpack(A_n);
 #pragma unroll
         for (int k = 0; k < kVec; ++k) {
-          if constexpr (!kRowDecay) a = decay(step * float(kLog2e), A[i][j][k]);
+          const float a = kRowDecay ? row_a : decay(row_a, A_n[k]);
           h[i][j][k] = next_state(a, h[i][j][k], dt_x, B_n[j][k]);
           sum[i] += h[i][j][k] * C_n[j][k];
         }
@@ -238,41 +235,41 @@ struct Rows {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) sum[i] += __shfl_xor_sync(kLanes, sum[i], lanes);
     }
-#pragma unroll 1
-    for (int i = at.lane; i < kRows; i += at.lanes) {  // more than once only if lanes < kRows
-      const int64_t row = at.row(i);
-      if (row >= p.headdim) break;
+    if (at.lane < kRows && at.has(at.lane)) {
       float y = sum[0];
-      Raw own_x = x[0];
 #pragma unroll
-      for (int j = 1; j < kRows; ++j) {
-        if (i == j) y = sum[j], own_x = x[j];
+      for (int i = 1; i < kRows; ++i) {
+        if (i == at.lane) y = sum[i];
       }
-      const bool loaded = i == at.lane;
-      if (p.D) {
-        const Raw own_D = loaded ? D : at_row(p.D, at.head, row);
-        y = skip(y, own_D.number(p.D.dtype), own_x.number(p.x.dtype));
-      }
-      if (p.z) {
-        const Raw own_z = loaded ? z : at_row(p.z, at.b, t, at.head, row);
-        y = gate(y, own_z.number(p.z.dtype));
-      }
-      const View<4>& v = p.y;
-      store_element(
-          v.data, v.dtype,
-          at.b * v.stride[0] + t * v.stride[1] + at.head * v.stride[2] + row * v.stride[3], y);
+      if (p.D) y = skip(y, D.number(p.D.dtype), x.number(p.x.dtype));
+      if (p.z) y = gate(y, z.number(p.z.dtype));
+      store_y(p, at, t, at.row(at.lane), y);
     }
     __syncwarp();
   }
+
+  static __device__ __forceinline__ void store_y(const Params& p, const Place& at, int64_t t,
+                                                 int64_t row, float y) {
+    const View<4>& v = p.y;
+    store_element(v.data, v.dtype,
+                  at.b * v.stride[0] + t * v.stride[1] + at.head * v.stride[2] + row * v.stride[3],
+                  y);
+  }
 };
+
+// In the usual case, registers for 24 warps of an SM, or with 16-bit states, which take more, for 16: so
+// 48 or 32 KiB of the state are on their way.
+template <class T>
+constexpr int blocks_of_sm(int packs, bool row_decay) {
+  return packs > 1 || !row_decay ? 6 : sizeof(T) == 4 ? 12 : 8;
+}
 
 // Warp: kRows x places rows of one head of a batch element, all tokens. Grid over (batch, head, part).
 template <class T, class X, int kPacks, bool kRowDecay>
-__global__ __launch_bounds__(kThreads) void rows_kernel(const Params p, int lanes, Divisor heads,
-                                                        Divisor parts, int64_t tasks) {
+__global__ __launch_bounds__(kThreads, blocks_of_sm<T>(kPacks, kRowDecay)) void rows_kernel(
+    const Params p, int lanes, Divisor heads, Divisor parts, int64_t tasks) {
   using Share = Rows<T, X, kPacks, kRowDecay>;
   const int64_t stride = int64_t(gridDim.x) * kWarps;
-  const bool tied = p.decay_is_tied();
   const int lane = int(threadIdx.x % 32);
   for (int64_t task = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; task < tasks;
        task += stride) {
@@ -281,31 +278,29 @@ __global__ __launch_bounds__(kThreads) void rows_kernel(const Params p, int lane
     at.b = heads.divide(parts.divide(task, part), at.head);
     at.group = at.head / (p.heads / p.groups);
     at.first_row = part * Share::kRows * at.places + lane / lanes;
+    const int64_t left = p.headdim - at.first_row;
+    at.rows = int(left < 32 * Share::kRows ? left : 32 * Share::kRows);
     const int64_t slot = slot_at(p, at.b);
     if (slot < 0) {
       for (int64_t t = 0; p.compute_output && t < p.tokens; ++t) {
-        for (int i = at.lane; i < Share::kRows; i += lanes) {
-          if (at.row(i) >= p.headdim) break;
-          const View<4>& v = p.y;
-          store_element(v.data, v.dtype,
-                        at.b * v.stride[0] + t * v.stride[1] + at.head * v.stride[2] +
-                            at.row(i) * v.stride[3],
-                        0.0f);
+        if (at.lane < Share::kRows && at.has(at.lane)) {
+          Share::store_y(p, at, t, at.row(at.lane), 0);
         }
       }
       continue;
     }
+    T* const state = Share::state_at(p, at, slot);
     Share share;
     share.load_token(p, at, 0);
     share.load_parameters(p, at);
-    share.load_state(p, at, slot);
+    share.load_state(p, at, state);
     for (int64_t t = 0; t < p.tokens; ++t) {
       float sum[Share::kRows];
-      share.advance(p, tied, sum);
+      share.advance(p, at, sum);
       if (p.compute_output) share.store_output(p, at, t, sum);
       if (t + 1 < p.tokens) share.load_token(p, at, t + 1);
     }
-    share.store_state(p, at, slot);
+    share.store_state(p, at, state);
   }
 }
 
@@ -403,7 +398,7 @@ template <class T, class X, int kPacks, bool kRowDecay>
 void launch_rows(const Params& p, cudaStream_t stream) {
   using Share = Rows<T, X, kPacks, kRowDecay>;
   const int64_t packs = p.state / Share::kVec;
-  int lanes = 1;
+  int lanes = Share::kRows;  // one at least for each of its rows
   while (lanes * kPacks < packs) lanes *= 2;
   const int64_t rows = Share::kRows * (32 / lanes), parts = (p.headdim + rows - 1) / rows;
   const int64_t tasks = p.batch * p.heads * parts;
