@@ -4,12 +4,11 @@
 //               lane 0   lane 1        lane 31
 //   row r - 1   [ dpre ] [ dpre ]  ..  [ dpre ] ->  dx of row r - 1, once the first dpre of row r and
 //   row r       [ dpre ] [ dpre ]  ..  [ dpre ]     the last of row r - 2 are there
-//   row r + 1     x, dy    x, dy   ..              on their way from memory
-//   row r + 2     x, dy    x, dy   ..
 //
 // Each lane computes dpre of its own pack once; what dx needs of the packs beside it comes by shuffles.
 // Inputs beside a pack are loaded again, from the first-level cache. The sums of dweight and dbias stay
-// in the lanes until the end of the piece. Packs at the ends of sequences see the same code with masks.
+// in the lanes until the end of the piece. Rows that are not in the midst of a sequence go one by one,
+// with masks.
 #pragma once
 
 #include "causal_conv1d/bwd_one.cuh"
@@ -18,8 +17,7 @@
 
 namespace statescan::causal_conv1d::cuda {
 
-constexpr int kAhead =
-    2;  // rows on their way: 3 loads of 512 bytes each, for each of 20 warps of an SM
+constexpr int kGroup = 2;  // rows loaded together: 2 KiB of each warp are on their way
 constexpr unsigned kLanes = 0xffffffffu;
 
 // Where a pack is not in the midst of a sequence. Bit j is time t - kReach + j, the pack's own times
@@ -32,6 +30,12 @@ struct Window {
 
   __device__ __forceinline__ bool whole() const {
     return (starts | no_input | no_output | no_store) == 0;
+  }
+
+  // Is dx of any of `count` positions from `first` on to be stored?
+  __device__ __forceinline__ bool stores(int first, int count) const {
+    const uint32_t own = ((1u << count) - 1) << first;
+    return (no_store & own) != own;
   }
 
   // Are two positions, low <= high, of one sequence?
@@ -79,36 +83,40 @@ template <class T, int kWidth, int kLeft>
 struct RowPart {
   static constexpr int kVec = kPackSize<T>, kReach = kWidth - 1, kRight = kReach - kLeft;
 
-  // dpre of the pack's outputs, and their terms of the sums if the row `counts`.
+  // dpre of the pack's outputs, and their terms of the sums if the row `counts` (what is not masked does).
   template <bool kMasked>
   static __device__ __forceinline__ void outputs(const Neighbours<T, kLeft, kRight>& x,
                                                  const Pack<T, kVec>& gradient, const Window& w,
                                                  const Taps<kWidth, 1>& taps, bool use_silu,
                                                  bool counts, float (&dpre)[kVec],
                                                  float (&sums)[kWidth + 1]) {
-    float in[kVec + kReach], dy[kVec];
+    float in[kVec + kReach];
     x.unpack(in);
-    gradient.unpack(dy);
+    gradient.unpack(dpre);
 #pragma unroll
     for (int i = 0; kMasked && i < kVec + kReach; ++i) {
       if (w.no_input >> (i + kRight) & 1) in[i] = 0;
     }
+    // The input under tap k of output i.
+    auto seen = [&](int i, int k) {
+      const int own = i + kReach, other = i + k + kRight;
+      const bool joined = !kMasked || (own < other ? w.joined(own, other) : w.joined(other, own));
+      return joined ? in[i + k] : 0.0f;
+    };
+    float pre[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      auto seen = [&](int k) {
-        const int own = i + kReach, other = i + k + kRight;
-        const bool joined = !kMasked || (own < other ? w.joined(own, other) : w.joined(other, own));
-        return joined ? in[i + k] : 0.0f;
-      };
-      float pre = taps.bias[0];
+      pre[i] = taps.bias[0];
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) pre += taps.w[k][0] * seen(k);
-      float d = activate_vjp(pre, dy[i], use_silu);
-      if (kMasked && (w.no_output >> (i + kReach) & 1)) d = 0;
-      dpre[i] = d;
-      if (!counts) d = 0;
+      for (int k = 0; k < kWidth; ++k) pre[i] += taps.w[k][0] * seen(i, k);
+    }
+    activate_vjp_all(pre, use_silu, dpre);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) sums[k] += d * seen(k);
+    for (int i = 0; i < kVec; ++i) {
+      if (kMasked && (w.no_output >> (i + kReach) & 1)) dpre[i] = 0;
+      const float d = kMasked && !counts ? 0.0f : dpre[i];
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) sums[k] += d * seen(i, k);
       sums[kWidth] += d;
     }
   }
@@ -142,15 +150,96 @@ struct RowPart {
   }
 };
 
-// Warp: a piece of `rows` rows of one channel, of `all_rows`. Grid over (batch, piece, channel).
+// A warp's walk: what a lane knows of the row before the one that the walk is at.
+template <class T, int kWidth, int kLeft>
+struct RowWalk {
+  using Part = RowPart<T, kWidth, kLeft>;
+  static constexpr int kVec = Part::kVec, kReach = Part::kReach, kRight = Part::kRight;
+
+  const int lane;
+  T* const dx;
+  const int64_t off;
+  const bool aligned;
+  Taps<kWidth, 1> taps;
+  float sums[kWidth + 1] = {};
+  float dpre[kVec] = {};                                      // of the row before
+  float left_of[kReach + 1] = {}, right_of[kReach + 1] = {};  // dpre beside it
+  Window window;                                              // of the row before
+
+  __device__ __forceinline__ RowWalk(T* dx_row, int64_t misaligned, bool all_aligned)
+      : lane(int(threadIdx.x % 32)), dx(dx_row), off(misaligned), aligned(all_aligned) {
+    window.no_store = ~0u;
+  }
+
+  __device__ __forceinline__ int64_t time(int64_t at) const { return at - off + lane * kVec; }
+
+  // With the dpre of the row at `at` known: dx of the row before. kWhole: that is known to be whole.
+  template <bool kWhole>
+  __device__ __forceinline__ void move_to(int64_t at, const float (&next)[kVec],
+                                          const Window& next_window) {
+    float around[kVec + kReach], dx_before[kVec];
+#pragma unroll
+    for (int i = 0; i < kLeft; ++i) {
+      const float right = __shfl_sync(kLanes, next[i], (lane + 1) % 32);
+      around[kRight + kVec + i] = lane == 31 ? right : right_of[i];
+      right_of[i] = right;
+    }
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) around[kRight + i] = dpre[i];
+#pragma unroll
+    for (int i = 0; i < kRight; ++i) {
+      around[i] = left_of[i];
+      const float before = __shfl_sync(kLanes, dpre[kVec - kRight + i], (lane + 31) % 32);
+      const float own = __shfl_sync(kLanes, next[kVec - kRight + i], (lane + 31) % 32);
+      left_of[i] = lane == 0 ? before : own;
+    }
+    if (kWhole || window.whole()) {
+      Part::template inputs<false>(around, window, taps, dx_before);
+      if (kWhole || aligned) {
+        Pack<T, kVec>::of(dx_before).store(dx + time(at - 32 * kVec));
+      } else {
+        Part::store(dx, time(at - 32 * kVec), aligned, window, dx_before);
+      }
+    } else if (window.stores(kReach, kVec)) {
+      Part::template inputs<true>(around, window, taps, dx_before);
+      Part::store(dx, time(at - 32 * kVec), aligned, window, dx_before);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) dpre[i] = next[i];
+    window = next_window;
+  }
+};
+
+// Are kGroup rows from `at` on, and what is within reach of them, in the midst of one sequence?
+template <int kVec, int kReach>
+__device__ __forceinline__ bool rows_are_whole(const Sequences& s, int64_t b, int64_t from,
+                                               int64_t own, Run& run) {
+  constexpr int64_t kSteps = 32 * kVec * kGroup;
+  if (from < kVec || from + kSteps + kVec > s.seqlen) return false;
+  if (s.ids) {
+    bool whole = true;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int64_t t = own + i * 32 * kVec;
+      whole = whole && in_one_run(s, b, t - kReach, t + kVec + kReach);
+    }
+    return __all_sync(kLanes, whole);
+  }
+  if (!s.offsets) return true;
+  if (from < run.begin || from >= run.end) run = run_at(s, b, from, 0, false);
+  return from - kReach >= run.begin && from + kSteps + kReach <= run.end;
+}
+
+// Warp: a piece of one channel, p.steps long. Grid over (batch, piece, channel).
 template <class T, int kWidth, int kLeft>
 __global__ __launch_bounds__(kBwdThreads, 4) void channel_first_kernel(const BwdParams p,
                                                                        Divisor pieces, Divisor dim,
                                                                        int64_t tasks) {
-  using Part = RowPart<T, kWidth, kLeft>;
+  using Walk = RowWalk<T, kWidth, kLeft>;
+  using Part = typename Walk::Part;
   constexpr int kVec = Part::kVec, kReach = Part::kReach, kRight = Part::kRight;
   constexpr int kRow = 32 * kVec;
-  const int lane = int(threadIdx.x % 32);
   const int64_t stride = int64_t(gridDim.x) * (kBwdThreads / 32);
   const int64_t first_task = int64_t(blockIdx.x) * (kBwdThreads / 32) + threadIdx.x / 32;
   for (int64_t task = first_task; task < tasks; task += stride) {
@@ -160,92 +249,65 @@ __global__ __launch_bounds__(kBwdThreads, 4) void channel_first_kernel(const Bwd
     const T* dy = static_cast<const T*>(p.dy.data) + b * p.dy.stride[0] + c * p.dy.stride[1];
     T* dx = static_cast<T*>(p.dx.data) + b * p.dx.stride[0] + c * p.dx.stride[1];
     const int64_t off = misalignment(x);
-    const bool aligned = off == misalignment(dy) && off == misalignment<T>(dx);
+    Walk walk(dx, off, off == misalignment(dy) && off == misalignment<T>(dx));
+    walk.taps.load(p, c);
     const int64_t begin = piece * p.steps, end = begin + p.steps;  // rows begin at begin - off ..
     const int64_t last = p.seqlen + off;  // .. and there are some up to here
     const int64_t stop = end < last ? end : last;
 
     // Before and after the piece, only the lane next to it has something to do.
-    auto time = [&](int64_t at) { return at - off + lane * kVec; };
     auto takes_part = [&](int64_t at) {
-      if (at < begin) return kRight > 0 && at >= 0 && lane == 31;
-      if (at >= end) return kLeft > 0 && at < last && lane == 0;
-      return at < stop && time(at) < p.seqlen;
+      if (at < begin) return kRight > 0 && walk.lane == 31;
+      if (at >= end) return kLeft > 0 && at < last && walk.lane == 0;
+      return at < stop && walk.time(at) < p.seqlen;
     };
-    Neighbours<T, kLeft, kRight> x_ahead[kAhead];
-    Pack<T, kVec> dy_ahead[kAhead];
-    auto load = [&](int i, int64_t at) {
-      const bool some = takes_part(at);
-      x_ahead[i].load(x, time(at), some ? p.seqlen : 0, aligned);
-      dy_ahead[i] = load_pack(dy, time(at), some ? p.seqlen : 0, aligned);
-    };
-
     Run run = p.sequences.offsets ? Run{} : Run{0, p.seqlen, b};
-    Taps<kWidth, 1> taps;
-    taps.load(p, c);
-    float sums[kWidth + 1] = {};
-    // Of the row before the one that the loop is at, and around it.
-    float dpre_before[kVec] = {}, left_of[kReach + 1] = {}, right_of[kReach + 1] = {};
-    Window window_before;
-    window_before.no_store = ~0u;
-    const int64_t first = kRight > 0 && begin > 0 ? begin - kRow : begin;
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) load(i, first + i * kRow);
-
+    int64_t at = kRight > 0 && begin > 0 ? begin - kRow : begin;
 #pragma unroll 1
-    for (int64_t at = first; at < stop + kRow; at += kRow) {
-      const Neighbours<T, kLeft, kRight> x_own = x_ahead[0];
-      const Pack<T, kVec> dy_own = dy_ahead[0];
+    while (at < stop + kRow) {
+      if (walk.aligned && at >= begin && at + kGroup * kRow <= stop &&
+          rows_are_whole<kVec, kReach>(p.sequences, b, at - off, walk.time(at), run)) {
+        Neighbours<T, kLeft, kRight> inputs[kGroup];
+        Pack<T, kVec> gradients[kGroup];
+        const T* x_own = x + walk.time(at);
+        const T* dy_own = dy + walk.time(at);
 #pragma unroll
-      for (int i = 0; i + 1 < kAhead; ++i)
-        x_ahead[i] = x_ahead[i + 1], dy_ahead[i] = dy_ahead[i + 1];
-      load(kAhead - 1, at + kAhead * kRow);
-
+        for (int i = 0; i < kGroup; ++i) {
+          inputs[i].load_whole(x_own + i * kRow);
+          gradients[i] = Pack<T, kVec>::load(dy_own + i * kRow);
+        }
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+          float dpre[kVec];
+          Part::template outputs<false>(inputs[i], gradients[i], Window{}, walk.taps, p.silu, true,
+                                        dpre, walk.sums);
+          if (i == 0) {
+            walk.template move_to<false>(at, dpre, Window{});
+          } else {
+            walk.template move_to<true>(at + i * kRow, dpre, Window{});
+          }
+        }
+        at += kGroup * kRow;
+        continue;
+      }
       float dpre[kVec] = {};
       Window window;
       if (takes_part(at)) {
+        const int64_t t = walk.time(at);
         const bool counts = at >= begin && at < end;
-        window = window_at<kVec, kReach>(p, b, time(at), run);
-        if (window.whole()) {
-          Part::template outputs<false>(x_own, dy_own, window, taps, p.silu, counts, dpre, sums);
-        } else {
-          Part::template outputs<true>(x_own, dy_own, window, taps, p.silu, counts, dpre, sums);
-        }
+        Neighbours<T, kLeft, kRight> inputs;
+        inputs.load(x, t, p.seqlen, walk.aligned);
+        const Pack<T, kVec> gradient = load_pack(dy, t, p.seqlen, walk.aligned);
+        window = window_at<kVec, kReach>(p, b, t, run);
+        Part::template outputs<true>(inputs, gradient, window, walk.taps, p.silu, counts, dpre,
+                                     walk.sums);
         if (!counts) window.no_store = ~0u;
       } else {
         window.no_store = ~0u;
       }
       __syncwarp();
-
-      // dpre around the pack of the row before: first what is now known on its right.
-      float around[kVec + kReach], dx_before[kVec];
-#pragma unroll
-      for (int i = 0; i < kLeft; ++i) {
-        const float next = __shfl_sync(kLanes, dpre[i], (lane + 1) % 32);
-        around[kRight + kVec + i] = lane == 31 ? next : right_of[i];
-        right_of[i] = next;
-      }
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) around[kRight + i] = dpre_before[i];
-#pragma unroll
-      for (int i = 0; i < kRight; ++i) {
-        around[i] = left_of[i];
-        const float next = __shfl_sync(kLanes, dpre_before[kVec - kRight + i], (lane + 31) % 32);
-        const float own = __shfl_sync(kLanes, dpre[kVec - kRight + i], (lane + 31) % 32);
-        left_of[i] = lane == 0 ? next : own;
-      }
-      if ((window_before.no_store >> kReach & ((1u << kVec) - 1)) != (1u << kVec) - 1) {
-        if (window_before.starts == 0) {
-          Part::template inputs<false>(around, window_before, taps, dx_before);
-        } else {
-          Part::template inputs<true>(around, window_before, taps, dx_before);
-        }
-        Part::store(dx, time(at - kRow), aligned, window_before, dx_before);
-      }
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) dpre_before[i] = dpre[i];
-      window_before = window;
-      __syncwarp();
+      walk.template move_to<false>(at, dpre, window);
+      at += kRow;
     }
 
     float* partial = static_cast<float*>(p.partial) + part * (kWidth + 1) * p.dim + c;
@@ -253,9 +315,9 @@ __global__ __launch_bounds__(kBwdThreads, 4) void channel_first_kernel(const Bwd
     for (int k = 0; k <= kWidth; ++k) {
 #pragma unroll
       for (int lanes = 16; lanes > 0; lanes /= 2) {
-        sums[k] += __shfl_xor_sync(kLanes, sums[k], lanes);
+        walk.sums[k] += __shfl_xor_sync(kLanes, walk.sums[k], lanes);
       }
-      if (lane == 0) partial[k * p.dim] = sums[k];
+      if (walk.lane == 0) partial[k * p.dim] = walk.sums[k];
     }
   }
 }

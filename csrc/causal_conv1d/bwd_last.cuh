@@ -75,27 +75,30 @@ struct Walk {
   __device__ __forceinline__ Pack<T, kVec> step(const Pack<T, kVec>& input,
                                                 const Pack<T, kVec>& gradient, bool use_silu,
                                                 bool is_output, bool counts) {
-    float newest[kVec], dy[kVec], dx[kVec];
+    float newest[kVec], d[kVec], dx[kVec], pre[kVec];
     input.unpack(newest);
-    gradient.unpack(dy);
+    gradient.unpack(d);
 #pragma unroll
     for (int c = 0; c < kVec; ++c) {
 #pragma unroll
       for (int k = 0; k < kWidth - 1; ++k) x[k][c] = x[k + 1][c], dpre[k][c] = dpre[k + 1][c];
       x[kWidth - 1][c] = newest[c];
-      float pre = taps.bias[c];
+      pre[c] = taps.bias[c];
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) pre += taps.w[k][c] * x[k][c];
-      float d = activate_vjp(pre, dy[c], use_silu);
-      if (!kInside && !is_output) d = 0;
-      dpre[kWidth - 1][c] = d;
+      for (int k = 0; k < kWidth; ++k) pre[c] += taps.w[k][c] * x[k][c];
+    }
+    activate_vjp_all(pre, use_silu, d);
+#pragma unroll
+    for (int c = 0; c < kVec; ++c) {
+      if (!kInside && !is_output) d[c] = 0;
+      dpre[kWidth - 1][c] = d[c];
       dx[c] = 0;
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) dx[c] += taps.w[k][c] * dpre[kWidth - 1 - k][c];
-      if (!kInside && !counts) d = 0;
+      if (!kInside && !counts) d[c] = 0;
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) sums[k][c] += d * x[k][c];
-      sums[kWidth][c] += d;
+      for (int k = 0; k < kWidth; ++k) sums[k][c] += d[c] * x[k][c];
+      sums[kWidth][c] += d[c];
     }
     return Pack<T, kVec>::of(dx);
   }
@@ -155,7 +158,7 @@ struct Walk {
   }
 };
 
-// Thread: kVec channels of a piece. Grid over (batch, piece, group of channels).
+// Thread: kVec channels of a piece; with float they and what is on its way take more registers. Grid over (batch, piece, group of channels).
 template <class T, int kWidth, int kVec>
 __global__ __launch_bounds__(kBwdThreads,
                              3) void channel_last_kernel(const BwdParams p, Divisor pieces,

@@ -45,11 +45,12 @@ __device__ __forceinline__ void filter_rows(const T* x, int64_t x_step, T* y, in
       sum[c] = taps.bias[c];
 #pragma unroll
       for (int k = 0; k < kWidth - 1; ++k) sum[c] += taps.w[k][c] * seen[k][c];
-      sum[c] = activate(sum[c] + taps.w[kWidth - 1][c] * newest[c], silu);
+      sum[c] += taps.w[kWidth - 1][c] * newest[c];
 #pragma unroll
       for (int k = 0; k < kWidth - 2; ++k) seen[k][c] = seen[k + 1][c];
       seen[kWidth - 2][c] = newest[c];
     }
+    activate_all(sum, silu);
     Pack<T, kVec>::of(sum).store(y + i * y_step);
   }
 }
@@ -154,11 +155,11 @@ __device__ __forceinline__ Pack<T, kPackSize<T>> filter_pack(const FwdParams& p,
   }
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    float sum = taps.bias[0];
+    y[i] = taps.bias[0];
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) sum += taps.w[k][0] * in[i + k];
-    y[i] = activate(sum, p.silu);
+    for (int k = 0; k < kWidth; ++k) y[i] += taps.w[k][0] * in[i + k];
   }
+  activate_all(y, p.silu);
   return Pack<T, kVec>::of(y);
 }
 

@@ -47,6 +47,13 @@ struct Neighbours {
     if constexpr (kRight > 0) after = load_pack(row, t + kVec, n, aligned);
   }
 
+  // All of it there, and aligned.
+  __device__ __forceinline__ void load_whole(const T* from) {
+    if constexpr (kLeft > 0) before = Pack<T, kVec>::load(from - kVec);
+    own = Pack<T, kVec>::load(from);
+    if constexpr (kRight > 0) after = Pack<T, kVec>::load(from + kVec);
+  }
+
   // in[i] is the input at time t - kLeft + i.
   __device__ __forceinline__ void unpack(float (&in)[kCount]) const {
     float near[kVec];
