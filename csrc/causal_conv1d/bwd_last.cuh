@@ -158,7 +158,7 @@ struct Walk {
   }
 };
 
-// Thread: kVec channels of a piece; with float they and what is on its way take more registers. Grid over (batch, piece, group of channels).
+// Thread: kVec channels of a piece. Grid over (batch, piece, group of channels).
 template <class T, int kWidth, int kVec>
 __global__ __launch_bounds__(kBwdThreads,
                              3) void channel_last_kernel(const BwdParams p, Divisor pieces,
