@@ -119,7 +119,7 @@ struct Rows {
     return int64_t(pack * at.lanes + at.lane) * kVec;
   }
 
-  __device__ __forceinline__ void load_token(const Params& p, const Place& at, int64_t t) {
+  __device__ __forceinline__ void load_projections(const Params& p, const Place& at, int64_t t) {
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
       const int64_t n = number(at, j);
@@ -129,6 +129,9 @@ struct Rows {
       B[j].load(v.data, at.b * v.stride[0] + t * v.stride[1] + at.group * v.stride[2] + n);
       C[j].load(w.data, at.b * w.stride[0] + t * w.stride[1] + at.group * w.stride[2] + n);
     }
+  }
+
+  __device__ __forceinline__ void load_token(const Params& p, const Place& at, int64_t t) {
     x = dt = z = {};
     const int own = at.lane % kRows;
     if (!at.has(own)) return;
@@ -257,50 +260,64 @@ struct Rows {
   }
 };
 
-// In the usual case, registers for 24 warps of an SM, or with 16-bit states, which take more, for 16: so
-// 48 or 32 KiB of the state are on their way.
+// In the usual case, registers for 22 warps of an SM, or with 16-bit states, which take more, for 16: so
+// 44 or 32 KiB of the state are on their way.
 template <class T>
 constexpr int blocks_of_sm(int packs, bool row_decay) {
-  return packs > 1 || !row_decay ? 6 : sizeof(T) == 4 ? 12 : 8;
+  return packs > 1 || !row_decay ? 6 : sizeof(T) == 4 ? 11 : 8;
 }
 
-// Warp: kRows x places rows of one head of a batch element, all tokens. Grid over (batch, head, part).
+// What is skipped: zeros.
+template <class Share>
+__device__ __forceinline__ void store_nothing(const Params& p, const Place& at) {
+  for (int64_t t = 0; p.compute_output && t < p.tokens; ++t) {
+    if (at.lane < Share::kRows && at.has(at.lane)) {
+      Share::store_y(p, at, t, at.row(at.lane), 0);
+    }
+  }
+}
+
+// Warp: `rounds` times kRows x places rows of one head of a batch element, all tokens. Grid over (batch,
+// head, part). A row has 1 << log_lanes lanes.
 template <class T, class X, int kPacks, bool kRowDecay>
 __global__ __launch_bounds__(kThreads, blocks_of_sm<T>(kPacks, kRowDecay)) void rows_kernel(
-    const Params p, int lanes, Divisor heads, Divisor parts, int64_t tasks) {
+    const Params p, int log_lanes, int rounds, Divisor heads, Divisor heads_of_group, Divisor parts,
+    int64_t tasks) {
   using Share = Rows<T, X, kPacks, kRowDecay>;
   const int64_t stride = int64_t(gridDim.x) * kWarps;
-  const int lane = int(threadIdx.x % 32);
+  const int lane = int(threadIdx.x % 32), lanes = 1 << log_lanes;
   for (int64_t task = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32; task < tasks;
        task += stride) {
-    Place at{lanes, 32 / lanes, lane % lanes};
-    int64_t part;
+    Place at{lanes, 32 >> log_lanes, lane & (lanes - 1)};
+    int64_t part, rest;
     at.b = heads.divide(parts.divide(task, part), at.head);
-    at.group = at.head / (p.heads / p.groups);
-    at.first_row = part * Share::kRows * at.places + lane / lanes;
-    const int64_t left = p.headdim - at.first_row;
-    at.rows = int(left < 32 * Share::kRows ? left : 32 * Share::kRows);
+    at.group = heads_of_group.divide(at.head, rest);
+    const int rows = Share::kRows * at.places;
+    at.first_row = part * rounds * rows + (lane >> log_lanes);
     const int64_t slot = slot_at(p, at.b);
-    if (slot < 0) {
-      for (int64_t t = 0; p.compute_output && t < p.tokens; ++t) {
-        if (at.lane < Share::kRows && at.has(at.lane)) {
-          Share::store_y(p, at, t, at.row(at.lane), 0);
-        }
-      }
-      continue;
-    }
-    T* const state = Share::state_at(p, at, slot);
     Share share;
-    share.load_token(p, at, 0);
-    share.load_parameters(p, at);
-    share.load_state(p, at, state);
-    for (int64_t t = 0; t < p.tokens; ++t) {
-      float sum[Share::kRows];
-      share.advance(p, at, sum);
-      if (p.compute_output) share.store_output(p, at, t, sum);
-      if (t + 1 < p.tokens) share.load_token(p, at, t + 1);
+    for (int round = 0; round < rounds; ++round, at.first_row += rows) {
+      const int64_t left = p.headdim - at.first_row;
+      at.rows = int(left < rows ? left : rows);
+      if (slot < 0) {
+        store_nothing<Share>(p, at);
+        continue;
+      }
+      T* const state = Share::state_at(p, at, slot);
+      if (round == 0 || p.tokens > 1) share.load_projections(p, at, 0);
+      share.load_token(p, at, 0);
+      share.load_parameters(p, at);
+      share.load_state(p, at, state);
+      for (int64_t t = 0; t < p.tokens; ++t) {
+        float sum[Share::kRows];
+        share.advance(p, at, sum);
+        if (p.compute_output) share.store_output(p, at, t, sum);
+        if (t + 1 == p.tokens) break;
+        share.load_projections(p, at, t + 1);
+        share.load_token(p, at, t + 1);
+      }
+      share.store_state(p, at, state);
     }
-    share.store_state(p, at, state);
   }
 }
 
@@ -398,12 +415,16 @@ template <class T, class X, int kPacks, bool kRowDecay>
 void launch_rows(const Params& p, cudaStream_t stream) {
   using Share = Rows<T, X, kPacks, kRowDecay>;
   const int64_t packs = p.state / Share::kVec;
-  int lanes = Share::kRows;  // one at least for each of its rows
-  while (lanes * kPacks < packs) lanes *= 2;
-  const int64_t rows = Share::kRows * (32 / lanes), parts = (p.headdim + rows - 1) / rows;
+  int log_lanes = 0;  // of a row: one at least for each of kRows
+  while ((1 << log_lanes) * kPacks < packs || (1 << log_lanes) < Share::kRows) ++log_lanes;
+  const int64_t rows = Share::kRows * (32 >> log_lanes), turns = (p.headdim + rows - 1) / rows;
+  // More rows of a head for a warp spare it the setting up, as long as 100 warps are left for each SM.
+  const int64_t spare = p.batch * p.heads * turns / (1 << 14) + 1;
+  const int64_t rounds = spare < turns ? spare : turns, parts = (turns + rounds - 1) / rounds;
   const int64_t tasks = p.batch * p.heads * parts;
   launch("selective_state_update", rows_kernel<T, X, kPacks, kRowDecay>, blocks_for(tasks, kWarps),
-         kThreads, 0, stream, p, lanes, Divisor(p.heads), Divisor(parts), tasks);
+         kThreads, 0, stream, p, log_lanes, int(rounds), Divisor(p.heads),
+         Divisor(p.heads / p.groups), Divisor(parts), tasks);
 }
 
 // Whether there is a kernel of 16-byte packs for it, which then is launched.

@@ -213,6 +213,18 @@ def test_slots_that_do_not_exist_are_skipped(place, state):
     assert not y.any() and torch.equal(h, inputs["state"])
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_so_many_rows_that_a_warp_takes_several_rounds(place, state_dtype):
+    dtype = state_dtype
+    inputs = sample(
+        batch=8400, slots=3, heads=1, groups=1, headdim=70, tied=True, dtype=dtype,
+        state_dtype=dtype,
+    )  # fmt: skip
+    indices = torch.full((8400,), -1)
+    indices[7], indices[4000], indices[8399] = 2, 0, 1  # most are skipped, which is quick
+    check(place, inputs, state_batch_indices=indices)
+
+
 def test_every_element_skipped(place):
     inputs = sample(batch=2, slots=0)
     y, _ = place(ours, inputs, state_batch_indices=torch.tensor([-1, -1]))
