@@ -260,11 +260,11 @@ struct Rows {
   }
 };
 
-// In the usual case, registers for 22 warps of an SM, or with 16-bit states, which take more, for 16: so
-// 44 or 32 KiB of the state are on their way.
+// In the usual case, registers for 20 warps of an SM, or with 16-bit states, which take more, for 16: so
+// 40 or 32 KiB of the state are on their way.
 template <class T>
 constexpr int blocks_of_sm(int packs, bool row_decay) {
-  return packs > 1 || !row_decay ? 6 : sizeof(T) == 4 ? 11 : 8;
+  return packs > 1 || !row_decay ? 6 : sizeof(T) == 4 ? 10 : 8;
 }
 
 // What is skipped: zeros.
