@@ -12,6 +12,7 @@
 // Outputs that see padding, another sequence, or less than a whole pack go one by one
 // (padded_output); so does everything of mixed or double type, any other strides, and other widths.
 // Grids are one-dimensional and strided over, offsets have 64 bits: no size is too large.
+#include "causal_conv1d/packs.cuh"
 #include "causal_conv1d/padded.cuh"
 
 #include "common/divisor.h"
@@ -101,15 +102,9 @@ __global__ __launch_bounds__(kThreads, 3) void channel_last_kernel(const FwdPara
 
 constexpr int kPacks = 4;  // of a lane, 32 lanes apart, loaded together
 
-// How many elements p is beyond a multiple of 16 bytes.
-template <class T>
-__device__ __forceinline__ int64_t misalignment(const T* p) {
-  return int64_t(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
-}
-
 // A pack of inputs with the one before and the one after, as far as they are needed.
 template <class T>
-struct Neighbours {
+struct Near {
   static constexpr int kVec = kPackSize<T>;
   Pack<T, kVec> before, own, after;
 
@@ -141,8 +136,7 @@ struct Neighbours {
 
 // The outputs of one pack.
 template <class T, int kWidth>
-__device__ __forceinline__ Pack<T, kPackSize<T>> filter_pack(const FwdParams& p,
-                                                             const Neighbours<T>& x,
+__device__ __forceinline__ Pack<T, kPackSize<T>> filter_pack(const FwdParams& p, const Near<T>& x,
                                                              const Taps<kWidth, 1>& taps) {
   constexpr int kVec = kPackSize<T>;
   float in[kVec + kWidth - 1], y[kVec];
@@ -182,7 +176,7 @@ __global__ __launch_bounds__(kThreads, 4) void channel_first_kernel(const FwdPar
     const int64_t t0 = (strip * (32 * kPacks) + threadIdx.x % 32) * kVec - misalignment(x);
     auto time = [&](int i) { return t0 + i * 32 * kVec; };
 
-    Neighbours<T> in[kPacks];
+    Near<T> in[kPacks];
     unsigned whole = 0;  // the packs with all of their inputs
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
