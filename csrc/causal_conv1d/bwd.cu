@@ -289,12 +289,12 @@ void plan(BwdParams& p) {
   const bool over_time = is_channel_last(p) ? false : p.x.stride[2] < p.x.stride[1];
   const bool rows = is_channel_first(p) && !is_channel_last(p);
   const int64_t unit = rows ? row_steps(p) : over_time ? 128 : 32;
-  const int64_t most = rows ? 64 * unit : over_time ? 1024 : 256;
+  const int64_t least = rows ? 4 * unit : unit, most = rows ? 64 * unit : over_time ? 1024 : 256;
   const int64_t lanes = is_channel_last(p) ? (p.dim + 3) / 4 : over_time ? p.dim * 32 : p.dim;
   const int64_t wanted = 4096 * 32 / (p.batch * lanes) + 1;  // pieces
   // Packs are counted from the aligned address before a row: up to a pack more than its steps.
   const int64_t length = p.seqlen + (rows ? row_steps(p) / 32 - 1 : 0);
-  p.steps = std::clamp((length / wanted + unit - 1) / unit * unit, unit, most);
+  p.steps = std::clamp((length / wanted + unit - 1) / unit * unit, least, most);
   p.pieces = (length + p.steps - 1) / p.steps;
   p.edge_rows = fast && p.initial_state ? p.sequences.slots() : 0;
 }
