@@ -19,6 +19,7 @@ from statescan.bench import machine
 
 ROUNDS, REPEATS, SETS = 20, 10, 3
 CONV_SHAPE = {"batch": 8, "dim": 4352, "seqlen": 8192, "width": 4}
+STEP_SHAPE = {"batch": 128, "heads": 128, "headdim": 64, "state": 128}
 
 
 def milliseconds(calls):
@@ -179,6 +180,66 @@ def check_moving():
     testing.assert_close("y", statescan.gated_rms_norm(x, w, None, z), want)
 
 
+def bench_conv_backward(dtype, channel_last, bandwidth):
+    """x and dy are read, dx is written; forwards of all sets are kept, and only backwards timed."""
+    rows = []
+    sets = [conv_inputs(**CONV_SHAPE, dtype=dtype, channel_last=channel_last) for _ in range(SETS)]
+    bytes_moved = 3 * sets[0][0].numel() * sets[0][0].element_size()
+    for name, call in conv_peers().items():
+        backwards = []
+        for args in sets:
+            leaves = [x.detach().requires_grad_() for x in args]
+            y = call(*leaves)
+            backwards.append((y, leaves, torch.empty_like(y).normal_()))
+        time = milliseconds(
+            [
+                lambda b=b: torch.autograd.grad(b[0], b[1], b[2], retain_graph=True)
+                for b in backwards
+            ]
+        )
+        rows.append(
+            {
+                "op": "causal_conv1d backward", "who": name, "dtype": str(dtype),
+                "layout": "channel-last" if channel_last else "channel-first", **CONV_SHAPE,
+                "ms": time, "share_of_copy": bytes_moved / time["median"] * 1e3 / bandwidth,
+            }
+        )  # fmt: skip
+        del backwards
+    return rows
+
+
+def step_inputs(batch, heads, headdim, state, dtype):
+    """One token of Mamba-2; everything but the state is bfloat16 or a float32 parameter."""
+
+    def randn(*shape):
+        return torch.randn(shape, device="cuda").bfloat16()
+
+    h = torch.randn(batch, heads, headdim, state, device="cuda").to(dtype)
+    A, bias = -torch.rand(heads, device="cuda"), torch.randn(heads, device="cuda")
+    x, z, D = randn(batch, heads, headdim), randn(batch, heads, headdim), A.clone()
+    return h, x, randn(batch, heads), A, randn(batch, 1, state), randn(batch, 1, state), D, z, bias
+
+
+def bench_step(dtype, bandwidth):
+    sets = [step_inputs(**STEP_SHAPE, dtype=dtype) for _ in range(SETS)]
+    double = [x.double() for x in step_inputs(2, 4, 64, 128, dtype=dtype)]
+    ours = [x.clone() for x in double]
+    want = reference.selective_state_update(*double, dt_softplus=True)
+    got = statescan.selective_state_update(*(x.float() for x in ours), dt_softplus=True)
+    testing.assert_close("y", got, want)
+    calls = [
+        lambda args=args: statescan.selective_state_update(*args, dt_softplus=True) for args in sets
+    ]
+    time, bytes_moved = milliseconds(calls), 2 * sets[0][0].numel() * sets[0][0].element_size()
+    return [
+        {
+            "op": "selective_state_update", "who": "statescan", "dtype": str(dtype), "layout": "",
+            **STEP_SHAPE, "ms": time,
+            "share_of_copy": bytes_moved / time["median"] * 1e3 / bandwidth,
+        }
+    ]  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
@@ -189,7 +250,8 @@ def main():
         row
         for dtype in (torch.bfloat16, torch.float32)
         for channel_last in (True, False)
-        for row in bench_conv(dtype, channel_last, bandwidth)
+        for bench in (bench_conv, bench_conv_backward)
+        for row in bench(dtype, channel_last, bandwidth)
     ]
     check_moving()
     for dtype in (torch.bfloat16, torch.float32):
@@ -197,6 +259,8 @@ def main():
             layout = "channel-last" if last else "channel-first"
             rows += bench_moving(route_cases(dtype, last), dtype, layout, bandwidth)
         rows += bench_moving(norm_cases(dtype), dtype, "rows", bandwidth)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows += bench_step(dtype, bandwidth)
     print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e9:.0f} GB/s")
     for row in rows:
         print(

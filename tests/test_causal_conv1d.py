@@ -57,7 +57,7 @@ def run(conv, inputs, seed=1, **options):
     g = torch.Generator().manual_seed(seed)
     weights = []
     for y in outputs:
-        w = torch.randn(y.shape, generator=g, dtype=torch.float64)
+        w = torch.randn(y.shape, generator=g).bfloat16()  # exact in every dtype
         weights.append(torch.empty_like(y, dtype=torch.float64).copy_(w))  # in y's memory order
     loss = sum((y * w.to(y.dtype)).sum() for y, w in zip(outputs, weights, strict=True))
     grads = torch.autograd.grad(loss, leaves.values(), materialize_grads=True)

@@ -146,43 +146,18 @@ std::vector<int64_t> per_element(const char* name, const OptionalTensor& t, int6
   return integers(name, *t);
 }
 
-// x (batch, dim) as (batch, dim, 1).
-View<3> token_view(const char* name, const Tensor& t) {
-  View<3> v;
-  v.data = t.data_ptr();
-  v.dtype = float_dtype(name, t);
-  v.stride[0] = t.stride(0), v.stride[1] = t.stride(1);
-  v.stride[2] = t.dim() == 3 ? t.stride(2) : 0;
-  return v;
-}
-
 Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Tensor& weight,
                             const OptionalTensor& bias, bool silu,
                             const OptionalTensor& cache_seqlens,
                             const OptionalTensor& conv_state_indices) {
-  if (x.dim() != 2) check_dim("x", x, "(batch, dim) or (batch, dim, tokens)", 3);
   UpdateParams p{};
-  p.batch = x.size(0), p.dim = x.size(1), p.tokens = x.dim() == 3 ? x.size(2) : 1;
-  check_weight(weight, bias, p.dim);
-  p.width = weight.size(1);
-  check_dim("conv_state", conv_state, "(slots, dim, state_len)", 3);
-  const int64_t slots = conv_state.size(0);
-  p.state_len = conv_state.size(2);
-  check_shape("conv_state", conv_state, "(slots, dim, state_len)",
-              {conv_state_indices ? slots : p.batch, p.dim, p.state_len});
-  if (p.state_len < p.width - 1) {
-    fail("conv_state must have state_len of at least width - 1 = " + std::to_string(p.width - 1) +
-         ", got " + std::to_string(p.state_len));
-  }
-  check_not_expanded("conv_state", conv_state);
-  std::vector<int64_t> indices;
+  static_cast<UpdateShape&>(p) =
+      check(UpdateOperands{x, conv_state, weight, bias, cache_seqlens, conv_state_indices}, silu);
+  std::vector<int64_t> slots;
   if (conv_state_indices) {
-    indices = slot_indices("conv_state_indices", *conv_state_indices, p.batch, slots);
+    slots = slot_indices("conv_state_indices", *conv_state_indices, p.batch, p.slots);
   }
   const std::vector<int64_t> positions = per_element("cache_seqlens", cache_seqlens, p.batch);
-  p.silu = silu;
-  p.compute = compute_dtype(
-      {{"x", &x}, {"conv_state", &conv_state}, {"weight", &weight}, {"bias", pointer(bias)}});
 
   Tensor y = empty_like(x, x.scalar_type());
   p.x = token_view("x", x);
@@ -190,7 +165,7 @@ Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Ten
   p.state = view<3>("conv_state", conv_state);
   p.weight = view<2>("weight", weight);
   p.bias = view<1>("bias", bias);
-  p.slots = conv_state_indices ? indices.data() : nullptr;
+  p.slot_of = conv_state_indices ? slots.data() : nullptr;
   p.positions = cache_seqlens ? positions.data() : nullptr;
   run_tasks([](const UpdateParams& q, const Range& r) { update(q, r); }, p, p.tasks(),
             p.scratch_bytes(), p.grain());
@@ -198,8 +173,7 @@ Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Ten
 }
 
 Tensor causal_conv1d_varlen_states(const Tensor& x, const Tensor& cu_seqlens, int64_t state_len) {
-  check_dim("x", x, "(total, dim)", 2);
-  if (state_len < 0) fail("state_len must be at least 0, got " + std::to_string(state_len));
+  check_varlen_states(x, state_len);
   const Sequences found = sequences(1, x.size(0), {}, cu_seqlens, {}, 3, false);
   VarlenStatesParams p{};
   p.dim = x.size(1), p.state_len = state_len;

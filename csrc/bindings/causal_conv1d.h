@@ -22,4 +22,18 @@ void check_no_state(const causal_conv1d::Shape& p, const OptionalTensor& initial
 // What both x and initial_state fit in.
 ScalarType state_dtype(const Tensor& x, const OptionalTensor& initial_state);
 
+// The operands of a decode step.
+struct UpdateOperands {
+  const Tensor &x, &conv_state, &weight;
+  const OptionalTensor &bias, &cache_seqlens, &conv_state_indices;
+};
+
+// Sizes and flags; all is checked but what the integers hold.
+causal_conv1d::UpdateShape check(const UpdateOperands& o, bool silu);
+// x (batch, dim) as (batch, dim, 1).
+View<3> token_view(const char* name, const Tensor& t);
+
+// x, cu_seqlens and state_len of causal_conv1d_varlen_states.
+void check_varlen_states(const Tensor& x, int64_t state_len);
+
 }  // namespace statescan::bindings

@@ -83,7 +83,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
   Tensor dbias = bias ? empty_like(*bias, bias->scalar_type()) : empty(x, {0}, compute);
   Tensor dinitial_state = initial_state ? empty_like(*initial_state, initial_state->scalar_type())
                                         : empty(x, {0}, compute);
-  Tensor partial = empty(x, {p.parts(), p.width + 1, p.dim}, compute);
   fill_inputs(o, found, p);
   p.dy = view<3>("dy", dy);
   p.dfinal_state = view<3>("dfinal_state", dfinal_state);
@@ -91,9 +90,46 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
   p.dweight = view<2>("dweight", dweight);
   if (bias) p.dbias = view<1>("dbias", dbias);
   if (initial_state) p.dinitial_state = view<3>("dinitial_state", dinitial_state);
+  cuda::plan(p);
+  Tensor partial = empty(x, {p.rows(), p.width + 1, p.dim}, compute);
   p.partial = partial.data_ptr();
   cuda::bwd(p, device.stream);
   return {dx, dweight, dbias, dinitial_state};
+}
+
+Tensor causal_conv1d_update(const Tensor& x, const Tensor& conv_state, const Tensor& weight,
+                            const OptionalTensor& bias, bool silu,
+                            const OptionalTensor& cache_seqlens,
+                            const OptionalTensor& conv_state_indices) {
+  cuda::UpdateParams p{};
+  static_cast<UpdateShape&>(p) =
+      check(UpdateOperands{x, conv_state, weight, bias, cache_seqlens, conv_state_indices}, silu);
+  if (conv_state_indices) p.slot_of = index_view("conv_state_indices", *conv_state_indices, x);
+  if (cache_seqlens) p.positions = index_view("cache_seqlens", *cache_seqlens, x);
+  const OnDevice device(x);
+  Tensor y = empty_like(x, x.scalar_type());
+  p.x = token_view("x", x);
+  p.y = token_view("y", y);
+  p.state = view<3>("conv_state", conv_state);
+  p.weight = view<2>("weight", weight);
+  p.bias = view<1>("bias", bias);
+  cuda::update(p, device.stream);
+  return y;
+}
+
+Tensor causal_conv1d_varlen_states(const Tensor& x, const Tensor& cu_seqlens, int64_t state_len) {
+  check_varlen_states(x, state_len);
+  cuda::VarlenStatesParams p{};
+  p.sequences = device_sequences(x, 1, x.size(0), {}, cu_seqlens, false).sequences;
+  p.dim = x.size(1), p.state_len = state_len;
+  p.x.dtype = float_dtype("x", x);
+  const OnDevice device(x);
+  Tensor states = empty(x, {p.sequences.count, p.dim, state_len}, x.scalar_type());
+  p.x.data = x.data_ptr();
+  p.x.stride[1] = x.stride(1), p.x.stride[2] = x.stride(0);
+  p.states = view<3>("states", states);
+  cuda::varlen_states(p, device.stream);
+  return states;
 }
 
 }  // namespace
@@ -101,6 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_bwd(
 STATESCAN_CUDA_IMPL(m) {
   m.impl("causal_conv1d_fwd", TORCH_BOX(&causal_conv1d_fwd));
   m.impl("causal_conv1d_bwd", TORCH_BOX(&causal_conv1d_bwd));
+  m.impl("causal_conv1d_update", TORCH_BOX(&causal_conv1d_update));
+  m.impl("causal_conv1d_varlen_states", TORCH_BOX(&causal_conv1d_varlen_states));
 }
 
 }  // namespace statescan::bindings

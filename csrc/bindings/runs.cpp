@@ -1,7 +1,6 @@
 #include "bindings/runs.h"
 
 namespace statescan::bindings {
-namespace {
 
 IndexView index_view(const char* name, const Tensor& t, const Tensor& like) {
   check_same_device(name, t, like);
@@ -14,8 +13,6 @@ IndexView index_view(const char* name, const Tensor& t, const Tensor& like) {
   for (int64_t i = 0; i < t.dim(); ++i) v.stride[i] = t.stride(i);
   return v;
 }
-
-}  // namespace
 
 DeviceSequences device_sequences(const Tensor& like, int64_t batch, int64_t seqlen,
                                  const OptionalTensor& seq_idx, const OptionalTensor& cu_seqlens,

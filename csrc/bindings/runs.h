@@ -6,6 +6,9 @@
 
 namespace statescan::bindings {
 
+// fail unless it is int32 or int64 on the device of `like`.
+IndexView index_view(const char* name, const Tensor& t, const Tensor& like);
+
 // Room for what the kernels find out about seq_idx (Sequences::ends); keep it until the launch.
 struct DeviceSequences {
   Sequences sequences;

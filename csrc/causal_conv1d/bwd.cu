@@ -1,221 +1,125 @@
-// Backward of the short convolution on the GPU, from nothing but the inputs: each thread walks along
-// time over a piece of its channels, computes dpre of every output again, adds it to its sums of
-// dweight and dbias, and gives dx from the last `width` values of dpre, which are in registers.
+// Backward of the short convolution on the GPU, from nothing but the inputs, which are read once:
 //
-//   outputs    ..  right  |  begin ... end - 1        |  left  ..     dpre again, not in the sums
-//   dx                       begin ... end - 1
+//   a kernel for the layout    dx, and the sums of dweight and dbias of each piece, a row of `partial`
+//   edge_dx, edge_sums         what initial and final states reach: dx, and a row for each slot
+//   initial_state_kernel       the gradient of the initial state
+//   sum_kernel                 dweight and dbias: the rows of `partial`, always in the same order
 //
-// The sums of a piece are a row of `partial`; the rows are added up in their order by a second
-// kernel, so the gradients are deterministic. Tensors of mixed or double type, other strides or
-// widths, and pieces that a state reaches into, go one number at a time.
-#include "causal_conv1d/padded.cuh"
+// so that the gradients are deterministic. Tensors of mixed or double type, other strides and widths go one
+// number at a time (any_dx, any_sums), edges included.
+#include <algorithm>
 
-#include "common/divisor.h"
+#include "causal_conv1d/bwd_first.cuh"
+#include "causal_conv1d/bwd_last.cuh"
 #include "common/launch.h"
+#include "common/shared.cuh"
 
 namespace statescan::causal_conv1d::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kRows = 4;  // of x and of dy, loaded together
+constexpr int kThreads = kBwdThreads;
 
-// ---- one number at a time
+// ---- any layout. A task of little more than one sum: ptxas keeps track of no deeper nests of loops and
+// branches without local memory.
 
-// The gradient of what is before the activation, at time t; 0 outside of the run.
+// Thread: one element of dx. Neighbouring threads have neighbouring channels or steps, whichever lie
+// closer in memory.
 template <class R>
-__device__ __forceinline__ R padded_dpre(const BwdParams& p, const Run& run, int64_t b, int64_t c,
-                                         int64_t t) {
-  if (!p.dy || t < run.begin || t >= run.end) return R(0);
-  const R dy = load_element<R>(p.dy.data, p.dy.dtype,
-                               b * p.dy.stride[0] + c * p.dy.stride[1] + t * p.dy.stride[2]);
-  return activate_vjp(padded_pre<R>(p, run, b, c, t), dy, p.silu);
-}
-
-// The gradient of the input at time t of a padded run.
-template <class R>
-__device__ __forceinline__ R padded_dx(const BwdParams& p, const Run& run, int64_t b, int64_t c,
-                                       int64_t t) {
-  R dx = 0;
-#pragma unroll 1
-  for (int64_t k = 0; k < p.width; ++k) {
-    dx += load_tap<R>(p, c, k) * padded_dpre<R>(p, run, b, c, t + p.left() - k);
-  }
-  const View<3>& state = p.dfinal_state;
-  const bool last_first = p.mode == Mode::kAnticausal;
-  const int64_t slot = state ? final_slot(p.sequences, run, b, last_first) : -1;
-  const int64_t i = t - (last_first ? run.begin : run.end - (p.width - 1));
-  if (slot < 0 || i < 0 || i >= p.width - 1) return dx;
-  return dx + load_element<R>(state.data, state.dtype,
-                              slot * state.stride[0] + c * state.stride[1] + i * state.stride[2]);
-}
-
-// Everything of one channel of a piece. `sums` is its column of `partial`.
-template <class R>
-__device__ __forceinline__ void padded_piece(const BwdParams& p, int64_t b, int64_t c,
-                                             int64_t begin, int64_t end, R* sums) {
-  for (int64_t k = 0; k <= p.width; ++k) sums[k * p.dim] = 0;
-#pragma unroll 1
-  for (int64_t t = begin; t < end; ++t) {
-    const Run run = run_at(p.sequences, b, t, 2 * (p.width - 1), p.mode == Mode::kAnticausal);
-    const bool padding = run.begin == run.end;
-    store_element(p.dx.data, p.dx.dtype,
-                  b * p.dx.stride[0] + c * p.dx.stride[1] + t * p.dx.stride[2],
-                  padding ? R(0) : padded_dx<R>(p, run, b, c, t));
-    if (padding) continue;
-    const R dpre = padded_dpre<R>(p, run, b, c, t);
-#pragma unroll 1
-    for (int64_t k = 0; k < p.width; ++k) {
-      sums[k * p.dim] += dpre * padded_input<R>(p, run, b, c, t + k - p.left());
-    }
-    sums[p.width * p.dim] += dpre;
-  }
-}
-
-// Thread: a channel of a piece. Grid over (batch, piece, channel).
-template <class R>
-__global__ __launch_bounds__(kThreads) void any_kernel(const BwdParams p, Divisor pieces,
-                                                       Divisor dim, int64_t tasks) {
+__global__ __launch_bounds__(kThreads) void any_dx_kernel(const BwdParams p, Divisor inner,
+                                                          Divisor outer, bool channels_inside,
+                                                          int64_t tasks) {
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
-    int64_t c, piece;
-    const int64_t part = dim.divide(task, c), b = pieces.divide(part, piece);
-    const int64_t begin = piece * p.kSteps;
-    const int64_t end = begin + p.kSteps < p.seqlen ? begin + p.kSteps : p.seqlen;
-    padded_piece(p, b, c, begin, end,
-                 static_cast<R*>(p.partial) + part * (p.width + 1) * p.dim + c);
+    int64_t i, j;
+    const int64_t b = outer.divide(inner.divide(task, i), j);
+    const int64_t c = channels_inside ? i : j, t = channels_inside ? j : i;
+    const Run run = run_near(p, b, t);
+    store_dx(p, b, c, t, run.begin == run.end ? R(0) : padded_dx<R>(p, run, b, c, t));
   }
 }
 
-// ---- channel-last
-
-// A thread's walk over a piece of kVec channels; [first, last) is the run, with zeros around it.
-template <class T, int kWidth, int kVec>
-struct Walk {
-  Taps<kWidth, kVec> taps;
-  float x[kWidth][kVec];     // the inputs that the present output sees, in order of time
-  float dpre[kWidth][kVec];  // of the present output and those before it, the newest last
-  float sums[kWidth + 1][kVec];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int c = 0; c < kVec; ++c) {
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) x[k][c] = dpre[k][c] = sums[k][c] = 0;
-      sums[kWidth][c] = 0;
-    }
-  }
-
-  // The next output, with its newest input and the gradient of its result. `counts`: it is of the
-  // piece. Returns dx of the input that no later output sees.
-  __device__ __forceinline__ Pack<T, kVec> step(const Pack<T, kVec>& input,
-                                                const Pack<T, kVec>& gradient, bool silu,
-                                                bool inside, bool counts) {
-    float newest[kVec], dy[kVec], dx[kVec];
-    input.unpack(newest);
-    gradient.unpack(dy);
-#pragma unroll
-    for (int c = 0; c < kVec; ++c) {
-#pragma unroll
-      for (int k = 0; k < kWidth - 1; ++k) x[k][c] = x[k + 1][c], dpre[k][c] = dpre[k + 1][c];
-      x[kWidth - 1][c] = newest[c];
-      float pre = taps.bias[c];
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) pre += taps.w[k][c] * x[k][c];
-      const float d = inside ? activate_vjp(pre, dy[c], silu) : 0.0f;
-      dpre[kWidth - 1][c] = d;
-      dx[c] = 0;
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) dx[c] += taps.w[k][c] * dpre[kWidth - 1 - k][c];
-      if (!counts) continue;
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) sums[k][c] += d * x[k][c];
-      sums[kWidth][c] += d;
-    }
-    return Pack<T, kVec>::of(dx);
-  }
-};
-
-// Does the piece see a state? Then its channels are done one by one.
-__device__ __forceinline__ bool sees_state(const BwdParams& p, const Run& first, const Run& last,
-                                           int64_t begin, int64_t end) {
-  if (!p.initial_state && !p.dfinal_state) return false;
-  const int64_t reach = 2 * (p.width - 1);
-  return begin - reach < first.begin || end + reach > last.end;
-}
-
-// Thread: kVec channels of a piece. Grid over (batch, piece, group of channels).
-template <class T, int kWidth, int kVec>
-__global__ __launch_bounds__(kThreads, 3) void channel_last_kernel(const BwdParams p,
-                                                                   Divisor pieces, Divisor groups,
-                                                                   int64_t tasks) {
-  const int64_t stride = int64_t(gridDim.x) * kThreads;
-  for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
-    int64_t group, piece;
-    const int64_t part = groups.divide(task, group), b = pieces.divide(part, piece);
-    const int64_t channel = group * kVec, begin = piece * p.kSteps;
-    const int64_t end = begin + p.kSteps < p.seqlen ? begin + p.kSteps : p.seqlen;
-    const int64_t channels = p.dim - channel < kVec ? p.dim - channel : kVec;
-    float* sums = static_cast<float*>(p.partial) + part * (kWidth + 1) * p.dim + channel;
-    const int64_t reach = 2 * (kWidth - 1);
-    const bool last_first = p.mode == Mode::kAnticausal;
-    const Run first = run_at(p.sequences, b, begin, reach, last_first);
-    const Run last = run_at(p.sequences, b, end - 1, reach, last_first);
-    if (channels < kVec || !in_one_run(p.sequences, b, begin, end) ||
-        sees_state(p, first, last, begin, end)) {
+// What the outputs at `at` add to dweight[k] or dbias, every step-th of them.
+template <class R>
+__device__ __forceinline__ R sum_terms(const BwdParams& p, int64_t b, int64_t c, int64_t k,
+                                       Interval at, int step) {
+  R sum = 0;
 #pragma unroll 1
-      for (int64_t c = 0; c < channels; ++c) {
-        padded_piece(p, b, channel + c, begin, end, sums + c);
-      }
-      continue;
-    }
+  for (int64_t t = at.begin; t < at.end; t += step) {
+    const Run run = run_near(p, b, t);
+    if (run.begin < run.end) sum += padded_term<R>(p, run, b, c, t, k);
+  }
+  return sum;
+}
 
-    const int64_t left = p.left(), right = p.right();
-    auto row = [&](const View<3>& v, int64_t t) {
-      return static_cast<T*>(v.data) + b * v.stride[0] + t * v.stride[2] + channel;
-    };
-    auto in_run = [&](int64_t t) { return t >= first.begin && t < last.end; };
-    auto load = [&](const View<3>& v, int64_t t) {
-      return in_run(t) ? Pack<T, kVec>::load(row(v, t)) : Pack<T, kVec>{};
-    };
-    Walk<T, kWidth, kVec> walk;
-    walk.taps.load(p, channel);
-    walk.clear();
-    // Outputs from begin - right on; before that, the inputs that the first of them sees.
+// kTeam lanes add up one element of `partial` together, each every kTeam-th time step. Grid over (batch,
+// piece, width + 1, channel). Neighbouring lanes are at neighbouring times (kTeam = 32) or channels (1).
+template <class R, int kTeam>
+__global__ __launch_bounds__(kThreads) void any_sums_kernel(const BwdParams p, Divisor pieces,
+                                                            Divisor taps, Divisor dim,
+                                                            int64_t tasks) {
+  const int64_t teams = int64_t(gridDim.x) * (kThreads / kTeam);
+  const int64_t lane = threadIdx.x % kTeam;
+  const int64_t team = int64_t(blockIdx.x) * (kThreads / kTeam) + threadIdx.x / kTeam;
+  for (int64_t task = team; task < tasks; task += teams) {
+    int64_t c, k, piece;
+    const int64_t b = pieces.divide(taps.divide(dim.divide(task, c), k), piece);
+    const int64_t begin = piece * p.steps;
+    const int64_t end = begin + p.steps < p.seqlen ? begin + p.steps : p.seqlen;
+    R sum = sum_terms<R>(p, b, c, k, {begin + lane, end}, kTeam);
+    __syncwarp();
 #pragma unroll
-    for (int k = 1; k < kWidth; ++k) {
-      load(p.x, begin - right - left + k - 1).unpack(walk.x[k]);
+    for (int lanes = kTeam / 2; lanes > 0; lanes /= 2) {
+      sum += __shfl_xor_sync(kLanes, sum, lanes);
     }
-    for (int64_t t0 = begin - right; t0 < end + left; t0 += kRows) {
-      Pack<T, kVec> x[kRows], dy[kRows];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        x[i] = load(p.x, t0 + i + right);
-        dy[i] = load(p.dy, t0 + i);
-      }
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int64_t t = t0 + i;
-        const Pack<T, kVec> dx = walk.step(x[i], dy[i], p.silu, in_run(t), t >= begin && t < end);
-        if (t - left >= begin && t - left < end) dx.store(row(p.dx, t - left));
-      }
-    }
-#pragma unroll
-    for (int k = 0; k <= kWidth; ++k) {
-#pragma unroll
-      for (int c = 0; c < kVec; ++c) sums[k * p.dim + c] = walk.sums[k][c];
-    }
+    if (lane == 0) static_cast<R*>(p.partial)[task] = sum;
   }
 }
 
-// ---- states and sums
+// ---- states
 
-// The run that begins (for anticausal: ends) with a slot's initial state.
-__device__ __forceinline__ Run initial_run(const Sequences& s, int64_t slot, bool last_first) {
+// The run that begins (for anticausal: ends) with a slot's initial state, or the other way round.
+__device__ __forceinline__ Run run_of_slot(const Sequences& s, int64_t slot, bool last) {
   if (s.offsets) return packed_run(s, slot);
   if (!s.ids) return {0, s.seqlen, slot};
   const RunEnds ends = s.ends[slot];
-  if (last_first) return {ends.last_begin, ends.end, slot};
+  if (last) return {ends.last_begin, ends.end, ends.last_begin == ends.begin ? slot : -1};
   return {ends.begin, ends.first_end, slot};
+}
+
+__device__ __forceinline__ Edges edges_of_slot(const BwdParams& p, int64_t slot) {
+  const Sequences& s = p.sequences;
+  return Edges(p, s.offsets ? ends_of(packed_run(s, slot)) : ends_of(s, slot));
+}
+
+// Thread: dx at the i-th of 2 (width - 1) places that a slot's states reach in one channel, see Edges.
+__global__ __launch_bounds__(kThreads) void edge_dx_kernel(const BwdParams p, Divisor places,
+                                                           Divisor dim, int64_t tasks) {
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
+    int64_t i, c;
+    const int64_t slot = dim.divide(places.divide(task, i), c);
+    const int64_t b = p.sequences.offsets ? 0 : slot;
+    const Edges edges = edges_of_slot(p, slot);
+    const bool first = i < p.width - 1;
+    const int64_t t = first ? edges.initial.begin + i : edges.final.begin + i - (p.width - 1);
+    if (t >= (first ? edges.initial.end : edges.final.end)) continue;
+    if (!first && edges.initial.holds(t)) continue;  // of a short run: it is done already
+    const Run run = run_near(p, b, t);
+    if (p.sequences.offsets && run.slot != slot) continue;  // offsets that make no sense
+    store_dx(p, b, c, t, padded_dx<float>(p, run, b, c, t));
+  }
+}
+
+// Thread: one element of the row of `partial` for what a slot's initial state reaches.
+__global__ __launch_bounds__(kThreads) void edge_sums_kernel(const BwdParams p, Divisor taps,
+                                                             Divisor dim, int64_t tasks) {
+  const int64_t stride = int64_t(gridDim.x) * kThreads;
+  float* partial = static_cast<float*>(p.partial) + p.parts() * (p.width + 1) * p.dim;
+  for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
+    int64_t c, k;
+    const int64_t slot = taps.divide(dim.divide(task, c), k), b = p.sequences.offsets ? 0 : slot;
+    partial[task] = sum_terms<float>(p, b, c, k, edges_of_slot(p, slot).initial, 1);
+  }
 }
 
 // Thread: one element of the gradient of an initial state.
@@ -228,7 +132,8 @@ __global__ __launch_bounds__(kThreads) void initial_state_kernel(const BwdParams
   for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
     int64_t i, c;
     const int64_t slot = dim.divide(length.divide(task, i), c);
-    const Run run = initial_run(p.sequences, slot, last_first);
+    Run run = run_of_slot(p.sequences, slot, last_first);
+    run.slot = slot;
     const int64_t b = p.sequences.offsets ? 0 : slot;
     const int64_t t = last_first ? run.end + i : run.begin - (p.width - 1) + i;
     store_element(state.data, state.dtype,
@@ -237,58 +142,124 @@ __global__ __launch_bounds__(kThreads) void initial_state_kernel(const BwdParams
   }
 }
 
-// Thread: one element of dweight (k < width) or of dbias, summed over the parts in their order.
+// ---- sums
+
+constexpr int kColumns = 32, kSumLanes = 16;
+
 template <class R>
-__global__ __launch_bounds__(kThreads) void sum_kernel(const BwdParams p, Divisor dim,
-                                                       int64_t parts, int64_t tasks) {
-  const int64_t stride = int64_t(gridDim.x) * kThreads;
-  for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
-    const R* partial = static_cast<const R*>(p.partial) + task;
+struct SumScratch {
+  SharedArray<R, kColumns * kSumLanes> sum;
+};
+
+// Block: 32 neighbouring elements of dweight (k < width) and dbias, 16 threads for each: thread i adds
+// up rows i, i + 16, .. of `partial`, and the first one adds up what they have.
+template <class R>
+__global__ __launch_bounds__(kColumns* kSumLanes) void sum_kernel(const BwdParams p, Divisor dim,
+                                                                  int64_t rows, int64_t columns) {
+  auto& scratch = block_shared<SumScratch<R>>();
+  const int own = int(threadIdx.x % kColumns), lane = int(threadIdx.x / kColumns);
+  for (int64_t first = int64_t(blockIdx.x) * kColumns; first < columns;
+       first += int64_t(gridDim.x) * kColumns) {
+    const int64_t column = first + own;
     R sum = 0;
-    for (int64_t i = 0; i < parts; ++i) sum += partial[i * tasks];
-    int64_t c;
-    const int64_t k = dim.divide(task, c);
-    if (k < p.width) {
-      store_element(p.dweight.data, p.dweight.dtype,
-                    c * p.dweight.stride[0] + tap_index(p, k) * p.dweight.stride[1], sum);
-    } else if (p.dbias) {
-      store_element(p.dbias.data, p.dbias.dtype, c * p.dbias.stride[0], sum);
+    if (column < columns) {
+      const R* partial = static_cast<const R*>(p.partial) + column;
+#pragma unroll 8
+      for (int64_t i = lane; i < rows; i += kSumLanes) sum += partial[i * columns];
     }
+    scratch.sum[lane * kColumns + own] = sum;
+    __syncthreads();  // all rows are in some thread's sum
+    if (lane == 0 && column < columns) {
+      for (int i = 1; i < kSumLanes; ++i) sum += scratch.sum[i * kColumns + own];
+      int64_t c;
+      const int64_t k = dim.divide(column, c);
+      if (k < p.width) {
+        store_element(p.dweight.data, p.dweight.dtype,
+                      c * p.dweight.stride[0] + tap_index(p, k) * p.dweight.stride[1], sum);
+      } else if (p.dbias) {
+        store_element(p.dbias.data, p.dbias.dtype, c * p.dbias.stride[0], sum);
+      }
+    }
+    __syncthreads();  // they have been read
   }
 }
 
 // ---- launches
 
+bool is_fast(const BwdParams& p) {
+  return p.compute == DType::kFloat32 && p.dy && p.x.dtype == p.dy.dtype &&
+         p.x.dtype == p.dx.dtype && p.width >= 2 && p.width <= 4;
+}
+
+bool all_have_stride_1(const BwdParams& p, int dimension) {
+  return p.x.stride[dimension] == 1 && (!p.dy || p.dy.stride[dimension] == 1) &&
+         p.dx.stride[dimension] == 1;
+}
+
+bool is_channel_last(const BwdParams& p) { return is_fast(p) && all_have_stride_1(p, 1); }
+bool is_channel_first(const BwdParams& p) { return is_fast(p) && all_have_stride_1(p, 2); }
+
+int64_t row_steps(const BwdParams& p) { return 32 * 16 / element_bytes(p.x.dtype); }
+
+template <class T, int kWidth>
+void launch_channel_first(const BwdParams& p, cudaStream_t stream) {
+  auto launch_for = [&](auto left) {
+    if constexpr (left() < kWidth) {
+      const int64_t tasks = p.parts() * p.dim;
+      launch("causal_conv1d bwd, channel-first", channel_first_kernel<T, kWidth, left()>,
+             blocks_for(tasks, kThreads / 32), kThreads, 0, stream, p, Divisor(p.pieces),
+             Divisor(p.dim), tasks);
+    }
+  };
+  if (p.mode == Mode::kCausal) return launch_for(std::integral_constant<int, kWidth - 1>{});
+  if (p.mode == Mode::kAnticausal) return launch_for(std::integral_constant<int, 0>{});
+  if constexpr (kWidth == 3) launch_for(std::integral_constant<int, 1>{});
+}
+
 template <class T, int kWidth, int kVec>
 void launch_channel_last(const BwdParams& p, cudaStream_t stream) {
-  const int64_t groups = (p.dim + kVec - 1) / kVec, tasks = p.parts() * groups;
+  const int64_t groups = p.dim / kVec, tasks = p.parts() * groups;
   launch("causal_conv1d bwd, channel-last", channel_last_kernel<T, kWidth, kVec>,
-         blocks_for(tasks, kThreads), kThreads, 0, stream, p, Divisor(p.pieces()), Divisor(groups),
+         blocks_for(tasks, kThreads), kThreads, 0, stream, p, Divisor(p.pieces), Divisor(groups),
          tasks);
 }
 
 // Four channels of a thread: with eight, the walk would not fit the registers.
 template <class T, int kWidth>
 void launch_fast(const BwdParams& p, cudaStream_t stream) {
-  if (starts_aligned(p.x, 4) && starts_aligned(p.dy, 4) && starts_aligned(p.dx, 4)) {
+  if (!is_channel_last(p)) {
+    launch_channel_first<T, kWidth>(p, stream);
+  } else if (p.dim % 4 == 0 && starts_aligned(p.x, 4) && starts_aligned(p.dy, 4) &&
+             starts_aligned(p.dx, 4)) {
     launch_channel_last<T, kWidth, 4>(p, stream);
   } else {
     launch_channel_last<T, kWidth, 1>(p, stream);
   }
 }
 
-bool is_fast(const BwdParams& p) {
-  return p.compute == DType::kFloat32 && p.dy && p.x.dtype == p.dy.dtype &&
-         p.x.dtype == p.dx.dtype && p.width >= 2 && p.width <= 4 && p.x.stride[1] == 1 &&
-         p.dy.stride[1] == 1 && p.dx.stride[1] == 1;
+void launch_edges(const BwdParams& p, cudaStream_t stream) {
+  if (!p.initial_state && !p.dfinal_state) return;
+  const int64_t places = 2 * (p.width - 1), tasks = p.sequences.slots() * p.dim * places;
+  launch("causal_conv1d bwd, dx at the edges", edge_dx_kernel, blocks_for(tasks, kThreads),
+         kThreads, 0, stream, p, Divisor(places), Divisor(p.dim), tasks);
+  const int64_t sums = p.edge_rows * (p.width + 1) * p.dim;
+  if (sums == 0) return;
+  launch("causal_conv1d bwd, sums at the edges", edge_sums_kernel, blocks_for(sums, kThreads),
+         kThreads, 0, stream, p, Divisor(p.width + 1), Divisor(p.dim), sums);
 }
 
-// The kernels that compute in R.
 template <class R>
 void launch_any(const BwdParams& p, cudaStream_t stream) {
-  const int64_t tasks = p.parts() * p.dim;
-  launch("causal_conv1d bwd, any layout", any_kernel<R>, blocks_for(tasks, kThreads), kThreads, 0,
-         stream, p, Divisor(p.pieces()), Divisor(p.dim), tasks);
+  const bool over_time = p.x.stride[2] < p.x.stride[1];
+  const int64_t tasks = p.batch * p.dim * p.seqlen;
+  launch("causal_conv1d bwd, dx of any layout", any_dx_kernel<R>, blocks_for(tasks, kThreads),
+         kThreads, 0, stream, p, Divisor(over_time ? p.seqlen : p.dim),
+         Divisor(over_time ? p.dim : p.seqlen), !over_time, tasks);
+  const int64_t sums = p.parts() * (p.width + 1) * p.dim;
+  launch("causal_conv1d bwd, sums of any layout",
+         over_time ? any_sums_kernel<R, 32> : any_sums_kernel<R, 1>,
+         blocks_for(sums, over_time ? kThreads / 32 : kThreads), kThreads, 0, stream, p,
+         Divisor(p.pieces), Divisor(p.width + 1), Divisor(p.dim), sums);
 }
 
 template <class R>
@@ -298,25 +269,47 @@ void launch_rest(const BwdParams& p, cudaStream_t stream) {
     launch("causal_conv1d bwd, initial state", initial_state_kernel<R>, blocks_for(state, kThreads),
            kThreads, 0, stream, p, Divisor(p.width - 1), Divisor(p.dim), state);
   }
-  const int64_t sums = (p.width + 1) * p.dim;
-  if (sums > 0) {
-    launch("causal_conv1d bwd, sums", sum_kernel<R>, blocks_for(sums, kThreads), kThreads, 0,
-           stream, p, Divisor(p.dim), p.parts(), sums);
+  const int64_t columns = (p.width + 1) * p.dim;
+  if (columns > 0) {
+    launch("causal_conv1d bwd, sums", sum_kernel<R>, blocks_for(columns, kColumns),
+           kColumns * kSumLanes, 0, stream, p, Divisor(p.dim), p.rows(), columns);
   }
 }
 
 }  // namespace
 
+// Pieces as long as the shape allows while there are enough of them: 4096 warps are 30 for each SM of
+// the largest GPU. It follows from the shape alone, and so does the order of the sums.
+void plan(BwdParams& p) {
+  if (p.batch * p.dim * p.seqlen == 0) {
+    p.steps = 1, p.pieces = 0, p.edge_rows = 0;
+    return;
+  }
+  const bool fast = is_channel_last(p) || is_channel_first(p);
+  const bool over_time = is_channel_last(p) ? false : p.x.stride[2] < p.x.stride[1];
+  const bool rows = is_channel_first(p) && !is_channel_last(p);
+  const int64_t unit = rows ? row_steps(p) : over_time ? 128 : 32;
+  const int64_t least = rows ? 4 * unit : unit, most = rows ? 64 * unit : over_time ? 1024 : 256;
+  const int64_t lanes = is_channel_last(p) ? (p.dim + 3) / 4 : over_time ? p.dim * 32 : p.dim;
+  const int64_t wanted = 4096 * 32 / (p.batch * lanes) + 1;  // pieces
+  // Packs are counted from the aligned address before a row: up to a pack more than its steps.
+  const int64_t length = p.seqlen + (rows ? row_steps(p) / 32 - 1 : 0);
+  p.steps = std::clamp((length / wanted + unit - 1) / unit * unit, least, most);
+  p.pieces = (length + p.steps - 1) / p.steps;
+  p.edge_rows = fast && p.initial_state ? p.sequences.slots() : 0;
+}
+
 void bwd(const BwdParams& p, cudaStream_t stream) {
   const bool wide = p.compute == DType::kFloat64;
   if (p.sequences.ends != nullptr) find_run_ends(p.sequences, stream);
-  if (p.batch * p.dim * p.seqlen > 0) {
-    if (is_fast(p)) {
+  if (p.parts() > 0) {
+    if (is_channel_last(p) || is_channel_first(p)) {
       with_fast_type(p.x.dtype, [&](auto* type) {
         with_fast_width(p.width, [&](auto width) {
           launch_fast<std::remove_pointer_t<decltype(type)>, width()>(p, stream);
         });
       });
+      launch_edges(p, stream);
     } else {
       wide ? launch_any<double>(p, stream) : launch_any<float>(p, stream);
     }

@@ -77,7 +77,7 @@ class Update {
       load_filter(c, rows_at(c, end), taps_at(c - begin));
     }
     for (int64_t b = first; b < last; ++b) {
-      const int64_t slot = p_.slots == nullptr ? b : p_.slots[b];
+      const int64_t slot = p_.slot_of == nullptr ? b : p_.slot_of[b];
       const int64_t quick = slot >= 0 && by_four_ ? run_by_four(b, slot, begin, end) : begin;
       for (int64_t c = quick; c < end; c += kLanes<R>) {
         const int rows = rows_at(c, end);

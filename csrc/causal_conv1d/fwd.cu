@@ -12,6 +12,7 @@
 // Outputs that see padding, another sequence, or less than a whole pack go one by one
 // (padded_output); so does everything of mixed or double type, any other strides, and other widths.
 // Grids are one-dimensional and strided over, offsets have 64 bits: no size is too large.
+#include "causal_conv1d/packs.cuh"
 #include "causal_conv1d/padded.cuh"
 
 #include "common/divisor.h"
@@ -45,11 +46,12 @@ __device__ __forceinline__ void filter_rows(const T* x, int64_t x_step, T* y, in
       sum[c] = taps.bias[c];
 #pragma unroll
       for (int k = 0; k < kWidth - 1; ++k) sum[c] += taps.w[k][c] * seen[k][c];
-      sum[c] = activate(sum[c] + taps.w[kWidth - 1][c] * newest[c], silu);
+      sum[c] += taps.w[kWidth - 1][c] * newest[c];
 #pragma unroll
       for (int k = 0; k < kWidth - 2; ++k) seen[k][c] = seen[k + 1][c];
       seen[kWidth - 2][c] = newest[c];
     }
+    activate_all(sum, silu);
     Pack<T, kVec>::of(sum).store(y + i * y_step);
   }
 }
@@ -100,15 +102,9 @@ __global__ __launch_bounds__(kThreads, 3) void channel_last_kernel(const FwdPara
 
 constexpr int kPacks = 4;  // of a lane, 32 lanes apart, loaded together
 
-// How many elements p is beyond a multiple of 16 bytes.
-template <class T>
-__device__ __forceinline__ int64_t misalignment(const T* p) {
-  return int64_t(reinterpret_cast<uintptr_t>(p) % 16 / sizeof(T));
-}
-
 // A pack of inputs with the one before and the one after, as far as they are needed.
 template <class T>
-struct Neighbours {
+struct Near {
   static constexpr int kVec = kPackSize<T>;
   Pack<T, kVec> before, own, after;
 
@@ -140,8 +136,7 @@ struct Neighbours {
 
 // The outputs of one pack.
 template <class T, int kWidth>
-__device__ __forceinline__ Pack<T, kPackSize<T>> filter_pack(const FwdParams& p,
-                                                             const Neighbours<T>& x,
+__device__ __forceinline__ Pack<T, kPackSize<T>> filter_pack(const FwdParams& p, const Near<T>& x,
                                                              const Taps<kWidth, 1>& taps) {
   constexpr int kVec = kPackSize<T>;
   float in[kVec + kWidth - 1], y[kVec];
@@ -154,11 +149,11 @@ __device__ __forceinline__ Pack<T, kPackSize<T>> filter_pack(const FwdParams& p,
   }
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    float sum = taps.bias[0];
+    y[i] = taps.bias[0];
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) sum += taps.w[k][0] * in[i + k];
-    y[i] = activate(sum, p.silu);
+    for (int k = 0; k < kWidth; ++k) y[i] += taps.w[k][0] * in[i + k];
   }
+  activate_all(y, p.silu);
   return Pack<T, kVec>::of(y);
 }
 
@@ -181,7 +176,7 @@ __global__ __launch_bounds__(kThreads, 4) void channel_first_kernel(const FwdPar
     const int64_t t0 = (strip * (32 * kPacks) + threadIdx.x % 32) * kVec - misalignment(x);
     auto time = [&](int i) { return t0 + i * 32 * kVec; };
 
-    Neighbours<T> in[kPacks];
+    Near<T> in[kPacks];
     unsigned whole = 0;  // the packs with all of their inputs
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {

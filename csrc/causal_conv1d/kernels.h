@@ -96,18 +96,14 @@ struct BwdParams : Problem {
   int64_t scratch_bytes() const;
 };
 
-// One or a few tokens, with the inputs before them in a state that is changed in place. A task is a
-// block of channels of a few batch elements.
-struct UpdateParams {
-  int64_t batch, dim, tokens, width, state_len;
-  bool silu;
-  DType compute;
+// A task is a block of channels of a few batch elements.
+struct UpdateParams : UpdateShape {
   View<3> x;                 // (batch, dim, tokens)
   View<3> state;             // (slot, dim, state_len)
   View<2> weight;            // (dim, width)
   View<1> bias;              // (dim), or absent
   View<3> y;                 // (batch, dim, tokens)
-  const int64_t* slots;      // (batch), negative: skip; or null: element b has slot b
+  const int64_t* slot_of;    // (batch), negative: skip; or null: element b has slot b
   const int64_t* positions;  // (batch), where the first token goes in a circular state; or null
 
   static constexpr int64_t kChannels = 256, kElements = 8;  // of a task

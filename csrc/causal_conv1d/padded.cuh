@@ -87,6 +87,23 @@ struct Taps {
   }
 };
 
+// activate for all of x, behind one branch: the exponentials of several numbers run side by side.
+template <int kCount>
+__device__ __forceinline__ void activate_all(float (&x)[kCount], bool use_silu) {
+  if (!use_silu) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = activate(x[i], true);
+}
+
+// d becomes activate_vjp(pre, d).
+template <int kCount>
+__device__ __forceinline__ void activate_vjp_all(const float (&pre)[kCount], bool use_silu,
+                                                 float (&d)[kCount]) {
+  if (!use_silu) return;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) d[i] = activate_vjp(pre[i], d[i], true);
+}
+
 // The run whose end is the final state of a slot: is it this one? Its slot, or -1.
 __device__ __forceinline__ int64_t final_slot(const Sequences& s, const Run& run, int64_t b,
                                               bool last_first) {

@@ -24,4 +24,11 @@ struct Shape {
   STATESCAN_HOST_DEVICE int64_t right() const { return width - 1 - left(); }
 };
 
+// A decode step: one or a few tokens, with the inputs before them in a state that is changed in place.
+struct UpdateShape {
+  int64_t batch, dim, tokens, width, state_len, slots;
+  bool silu;
+  DType compute;
+};
+
 }  // namespace statescan::causal_conv1d

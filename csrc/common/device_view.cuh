@@ -55,7 +55,7 @@ __device__ __forceinline__ void store_element(void* data, DType dtype, int64_t o
   });
 }
 
-// kCount neighbouring elements, as they are in memory: 8 or 16 bytes, or one element at any address.
+// kCount neighbouring elements, as they are in global memory: 8 or 16 bytes, or one element at any address.
 template <class T, int kCount>
 struct Pack {
   static constexpr int kBytes = kCount * int(sizeof(T)), kWords = kBytes / 4;
@@ -74,7 +74,7 @@ struct Pack {
     if constexpr (kCount == 1) {
       *p = bits;
     } else {
-      *reinterpret_cast<Word*>(p) = bits;
+      ptx::store(reinterpret_cast<Word*>(p), bits);
     }
   }
 

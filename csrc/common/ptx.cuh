@@ -82,6 +82,16 @@ __device__ __forceinline__ void store_streaming(uint4* p, uint4 v) {
                : "memory");
 }
 
+// 8 or 16 bytes at once: a plain assignment of a vector may become as many stores of 4 bytes.
+__device__ __forceinline__ void store(uint2* p, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+__device__ __forceinline__ void store(uint4* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+
 // ---- copies from global to shared memory that run beside the thread
 
 // 16 bytes, of which the first `source_bytes` are copied and the rest is zero.

@@ -207,7 +207,7 @@ class Update {
     row_ = part * p_.task_rows();
     const int64_t left = p_.headdim - row_;
     rows_ = int(left < p_.task_rows() ? left : p_.task_rows());
-    const int64_t slot = p_.slots != nullptr ? p_.slots[b_] : b_;
+    const int64_t slot = p_.slot_of != nullptr ? p_.slot_of[b_] : b_;
     if (slot < 0) return zero_output();
 
     const Plane h = state_plane(p_.h, slot);

@@ -131,6 +131,32 @@ void scalars(int) {
   }
 }
 
+// ---- vectors in memory
+
+__global__ void vectors_kernel(const uint4* x, uint4* y, uint2* half) {
+  const int i = int(threadIdx.x);
+  const uint4 v = ptx::load_streaming(x + i);
+  ptx::store(y + i, v);
+  ptx::store_streaming(y + 32 + i, v);
+  ptx::store(half + i, uint2{v.z, v.w});
+}
+
+void vectors(int) {
+  std::vector<uint4> values(32);
+  for (unsigned i = 0; i < 32; ++i) values[i] = {4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3};
+  DeviceArray<uint4> x(values), y(64);
+  DeviceArray<uint2> half(32);
+  launch("vectors", vectors_kernel, 1, 32, 0, nullptr, x.data(), y.data(), half.data());
+  const std::vector<uint4> got = y.values();
+  const std::vector<uint2> halves = half.values();
+  for (unsigned i = 0; i < 64; ++i) {
+    const unsigned first = i % 32 * 4;
+    expect(got[i].x == first && got[i].y == first + 1, "the first half of a vector");
+    expect(got[i].z == first + 2 && got[i].w == first + 3, "the second half of a vector");
+    if (i < 32) expect(halves[i].x == first + 2 && halves[i].y == first + 3, "8 bytes");
+  }
+}
+
 // ---- tensor cores
 
 // One 16 x 8 product; a (16, k) and b (8, k) row by row.
@@ -435,6 +461,7 @@ const Case cases[] = {
     {"votes", votes},
     {"counting barriers", counts},
     {"scalar functions", scalars},
+    {"vectors in memory", vectors},
     {"product bf16", [](int) { product(0); }},
     {"product f16", [](int) { product(1); }},
     {"product tf32", [](int) { product(2); }},

@@ -13,6 +13,7 @@ schedules = pytest.mark.parametrize("policy, seed", SCHEDULES)
 
 CONFORMANCE = [
     "shuffles", "halves of a warp", "votes", "counting barriers", "scalar functions",
+    "vectors in memory",
     "product bf16", "product f16", "product tf32", "ldmatrix", "transpose in a warp",
     "pipeline of warps", "staged copy", "grid barrier", "last block", "chain of blocks",
     "histogram",

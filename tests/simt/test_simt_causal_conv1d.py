@@ -16,23 +16,25 @@ from test_causal_conv1d import LAYOUTS, MODES, SEQ_IDX, channel_last, cu, sample
 
 
 def check(place, inputs, **options):
-    """As test_causal_conv1d.check, of the forward alone."""
+    """As test_causal_conv1d.check: the outputs and every gradient."""
     options = {"activation": "silu"} | options
     if options.get("mode") == "same":
         inputs = {k: v for k, v in inputs.items() if k != "initial_state"}
     else:
         options = {"return_final_state": True} | options
-    with torch.no_grad():
-        got = place(statescan.causal_conv1d, **inputs, **options)
-        ref_options = {k: v for k, v in options.items() if k != "out_dtype"}
-        want = reference.causal_conv1d(**on_cpu.in_double(inputs), **ref_options)
-    if not options.get("return_final_state"):
-        got, want = (got,), (want,)
+    inputs = {k: v.detach().requires_grad_() if v is not None else None for k, v in inputs.items()}
+    got, grads = place(on_cpu.run, statescan.causal_conv1d, inputs, **options)
+    ref_options = {k: v for k, v in options.items() if k != "out_dtype"}
+    doubles = on_cpu.in_double(inputs)
+    want, want_grads = on_cpu.run(reference.causal_conv1d, doubles, **ref_options)
     coarsest = max((x.dtype for x in inputs.values() if x is not None), key=TOLERANCE.get)
     assert_close("y", got[0], want[0], coarsest)
     for state, wanted in zip(got[1:], want[1:], strict=True):
         assert torch.equal(state, wanted.to(state.dtype))  # copied, not computed
-    return got
+    for name, grad in grads.items():
+        assert grad.dtype == inputs[name].dtype
+        assert_close("d" + name, grad, want_grads[name], coarsest)
+    return tuple(y.detach() for y in got)
 
 
 @pytest.mark.parametrize("seqlen", [1, 3, 8, 9, 17, 65, 131])
@@ -137,25 +139,97 @@ def test_seq_idx(place, mode, layout):
     check(place, inputs | {"initial_state": None}, seq_idx=SEQ_IDX.long(), mode=mode)
 
 
-def test_padding_is_not_read(place):
-    inputs = sample(batch=4, seqlen=140, dim=8, layout=channel_last)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_several_pieces(place, mode, layout):
+    """Sequences that end within a piece, at its end, and beyond it, with states and without."""
+    lengths = (127, 1, 128, 2, 126, 700, 0, 16)
+    packed = sample(
+        batch=1, dim=4, seqlen=sum(lengths), slots=len(lengths), layout=layout, width=width_of(mode)
+    )
+    check(place, packed, cu_seqlens=cu(*lengths), mode=mode)
+    ids = torch.cat([torch.full((n,), i % 3 - 1) for i, n in enumerate(lengths)])
+    dense = packed | {"initial_state": sample(batch=1, dim=4)["initial_state"]}
+    if mode == "same":
+        dense["initial_state"] = None
+    check(place, dense, seq_idx=ids[None], mode=mode)
+    check(place, dense, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["causal", "anticausal"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("seqlen", [2, 40])
+def test_gradient_through_the_final_state_alone(place, mode, layout, seqlen):
+    inputs = sample(seqlen=seqlen, dim=8, layout=layout)
+
+    def last(conv):
+        return lambda **x: conv(**x, return_final_state=True, mode=mode)[1]
+
+    _, grads = place(on_cpu.run, last(statescan.causal_conv1d), inputs)
+    _, want = on_cpu.run(last(reference.causal_conv1d), on_cpu.in_double(inputs))
+    for name, grad in grads.items():
+        assert torch.equal(grad, want[name].to(grad.dtype)), name
+
+
+def test_gradient_of_y_in_another_memory_order(place):
+    inputs = sample(dim=8, seqlen=40, layout=channel_last)
+    g = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(2))
+
+    def grads(leaves, dy):
+        y = statescan.causal_conv1d(**leaves, activation="silu")
+        return torch.autograd.grad(y, list(leaves.values()), dy)
+
+    want = place(grads, inputs, channel_last(g))
+    for name, a, b in zip(inputs, place(grads, inputs, g), want, strict=True):
+        assert_close("d" + name, a, b)
+    ones = torch.ones(()).expand_as(g)
+    want = place(grads, inputs, channel_last(torch.ones_like(g)))
+    for name, a, b in zip(inputs, place(grads, inputs, ones), want, strict=True):
+        assert_close("d" + name, a, b)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_pieces_are_summed_up(place, layout):
+    """More rows of sums than the last kernel has threads for one element."""
+    inputs = sample(batch=70, dim=4, seqlen=20, layout=layout, initial_state=False)
+    check(place, inputs)
+
+
+@pytest.mark.skipif(not emulator.SUPPORTED, reason="the emulator needs Linux on x86-64")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_deterministic(layout):
+    inputs = sample(seqlen=300, dim=8, layout=layout)
+    results = [
+        emulated(policy, 0)(on_cpu.run, statescan.causal_conv1d, inputs, activation="silu")[1]
+        for policy in ("forward", "reverse", "random")
+    ]
+    for other in results[1:]:
+        for name, grad in other.items():
+            assert torch.equal(grad, results[0][name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_is_not_read(place, layout):
+    inputs = sample(batch=4, seqlen=140, dim=8, layout=layout)
     padding = (SEQ_IDX < 0)[:, None, :].expand_as(inputs["x"])
-    x = channel_last(inputs["x"].detach().masked_fill(padding, float("nan")))
-    with torch.no_grad():
-        want = place(statescan.causal_conv1d, **inputs, seq_idx=SEQ_IDX)
-        got = place(statescan.causal_conv1d, **inputs | {"x": x}, seq_idx=SEQ_IDX)
-    assert torch.equal(got, want) and not got[padding].any()
+    x = layout(inputs["x"].detach().masked_fill(padding, float("nan"))).requires_grad_()
+    options = {"seq_idx": SEQ_IDX, "activation": "silu"}
+    (want,), want_grads = place(on_cpu.run, statescan.causal_conv1d, inputs, **options)
+    (got,), grads = place(on_cpu.run, statescan.causal_conv1d, inputs | {"x": x}, **options)
+    assert torch.equal(got, want) and not got[padding].any() and not grads["x"][padding].any()
+    for name, grad in grads.items():
+        assert torch.equal(grad, want_grads[name]), name
 
 
-def test_offsets_that_make_no_sense_stay_in_bounds(place):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_offsets_that_make_no_sense_stay_in_bounds(place, layout):
     """They are not checked on the device: any numbers may come out, but no wild access."""
-    inputs = sample(batch=1, seqlen=20, dim=8, slots=3)
-    with torch.no_grad():
-        for offsets in ([0, 90, -7, 20], [5, 6, 7, 8], [2**31 - 1] * 4, [-(2**31)] * 4):
-            place(
-                statescan.causal_conv1d, **inputs, cu_seqlens=torch.tensor(offsets).int(),
-                return_final_state=True,
-            )  # fmt: skip
+    inputs = sample(batch=1, seqlen=20, dim=8, slots=3, layout=layout)
+    for offsets in ([0, 90, -7, 20], [5, 6, 7, 8], [2**31 - 1] * 4, [-(2**31)] * 4):
+        place(
+            on_cpu.run, statescan.causal_conv1d, inputs, cu_seqlens=torch.tensor(offsets).int(),
+            return_final_state=True,
+        )  # fmt: skip
 
 
 def test_extreme_values(place):

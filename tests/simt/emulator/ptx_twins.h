@@ -23,6 +23,8 @@ inline float f16_to_float(uint16_t bits) { return to_float(Half{bits}); }
 
 inline uint4 load_streaming(const uint4* p) { return *p; }
 inline void store_streaming(uint4* p, uint4 v) { *p = v; }
+inline void store(uint2* p, uint2 v) { *p = v; }
+inline void store(uint4* p, uint4 v) { *p = v; }
 
 inline void cp_async_16(void* shared, const void* global, int source_bytes = 16, SIMT_LOC) {
   simt::copy_async(shared, global, 16, source_bytes, loc);
