@@ -222,3 +222,14 @@ class Emulated(TorchDispatchMode):
         if fault := library().machine.simt_host_fault().decode():
             raise EmulatorError(with_lines(fault))
         return out
+
+
+def emulated(policy, seed):
+    """Calls functions on the emulator, as the fixture `place` does."""
+    mode = Emulated(policy, seed)
+
+    def run(f, *args, **kwargs):
+        with mode:
+            return f(*args, **kwargs)
+
+    return run

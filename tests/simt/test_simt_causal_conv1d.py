@@ -2,47 +2,17 @@
 cases, against the reference in float64. Small and ragged: around packs of 16 bytes, rows loaded
 together, pieces of a thread, strips of a warp."""
 
-from zlib import crc32
-
 import emulator
 import pytest
 import statescan
 import test_causal_conv1d as on_cpu
 import torch
-from emulator import Emulated
+from emulator import emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from statescan import _C, reference
+from statescan import reference
 from statescan.testing import TOLERANCE, assert_close
 from test_causal_conv1d import LAYOUTS, MODES, SEQ_IDX, channel_last, cu, sample, width_of
-
-PLACES = ["emulator"] * emulator.SUPPORTED
-PLACES += ["cuda"] * (_C.cuda is not None and torch.cuda.is_available())
-
-
-@pytest.fixture(params=PLACES)
-def place(request):
-    """Calls an operator with CPU tensors on the emulator, or on copies of them on the GPU."""
-    if request.param == "cuda":
-        return on_gpu
-    mode = Emulated("random", seed=crc32(request.node.name.encode()) % 1000)
-
-    def run(op, *args, **kwargs):
-        with mode:
-            return op(*args, **kwargs)
-
-    return run
-
-
-def on_gpu(op, *args, **kwargs):
-    def move(x):
-        if not isinstance(x, torch.Tensor):
-            return x
-        there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
-        return there.copy_(x.detach())
-
-    out = op(*map(move, args), **{k: move(v) for k, v in kwargs.items()})
-    return tuple(y.cpu() for y in out) if isinstance(out, tuple) else out.cpu()
 
 
 def check(place, inputs, **options):
@@ -236,15 +206,8 @@ def test_fuzz(data):
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         layout=draw(st.sampled_from(LAYOUTS)),
     )  # fmt: skip
-    mode = Emulated(
-        draw(st.sampled_from(["forward", "reverse", "random"])), draw(st.integers(0, 9))
-    )
-
-    def run(op, *args, **kwargs):
-        with mode:
-            return op(*args, **kwargs)
-
-    check(run, inputs, **options)
+    policy = draw(st.sampled_from(["forward", "reverse", "random"]))
+    check(emulated(policy, draw(st.integers(0, 9))), inputs, **options)
 
 
 # ---- errors: those of the CPU, but for the values of indices, which stay on the device
