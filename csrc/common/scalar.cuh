@@ -25,6 +25,37 @@ __device__ __forceinline__ float exp(float x) {
 }
 __device__ __forceinline__ double exp(double x) { return std::exp(x); }
 
+// 2^x, exactly 1 at 0, so that a step of size 0 leaves a state as it is.
+__device__ __forceinline__ float exp2(float x) { return ptx::ex2(x); }
+__device__ __forceinline__ double exp2(double x) { return std::exp2(x); }
+
+// log(1 + s) / s for s in [0, 1]; coefficients of vector_math.h.
+__device__ __forceinline__ float log1p_over(float s) {
+  float p = std::fma(0.0053648185f, s, -0.03006577f);
+  p = std::fma(p, s, 0.0792045f);
+  p = std::fma(p, s, -0.13753799f);
+  p = std::fma(p, s, 0.19153653f);
+  p = std::fma(p, s, -0.24857163f);
+  p = std::fma(p, s, 0.33321324f);
+  p = std::fma(p, s, -0.49999648f);
+  return std::fma(p, s, 1.0f);
+}
+
+// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|). Linear above 20, where the two agree in float.
+__device__ __forceinline__ float softplus(float x) {
+  const float e = exp_within(ptx::at_least(-std::fabs(x), -105.0f));
+  return std::fma(e, log1p_over(e), ptx::at_least(x, 0.0f));
+}
+__device__ __forceinline__ double softplus(double x) {
+  return x > 20 ? x : std::log1p(std::exp(x));
+}
+
+// d softplus / dx from y = softplus(x): sigmoid(x) = 1 - e^-y.
+template <class R>
+__device__ __forceinline__ R softplus_slope(R y) {
+  return -std::expm1(-y);
+}
+
 // e^87 keeps the reciprocal normal; sigmoid(-87) is 2e-38 and x sigmoid(x) no better than 0.
 __device__ __forceinline__ float sigmoid(float x) {
   return ptx::rcp(1.0f + exp_within(ptx::at_most(ptx::at_least(-x, -105.0f), 87.0f)));

@@ -1,0 +1,403 @@
+// How the selective scan's blocks, warps and lanes share out channels and states, and how their
+// operands come to shared memory and go back.
+//
+//   block: channels of one group of B and C, one part of a sequence, tile after tile of kSteps steps
+//   warp:  kWarpChannels of them             lane = q kRow + r:  channels kC r .. of its warp,
+//                                                                states kS q .. of a block of states
+//
+// In shared memory every operand is float (or double) and lies [step][channel], whatever its dtype
+// and strides: rows of time are read 16 bytes at a time, rows of channels 8, anything else one
+// element at a time. Steps past the end of the sequence, channels past the end of the group and
+// padding are made steps of size 0, which leave the state as it is.
+#pragma once
+
+#include "common/device_view.cuh"
+#include "common/scalar.cuh"
+#include "common/shared.cuh"
+#include "selective_scan/cuda.h"
+
+#include "selective_scan/equations.h"
+
+namespace statescan::selective_scan::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+inline constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// What a token is, in the order of the scan.
+enum Mark : int {
+  kPadding = 1,
+  kStart = 2,     // the state starts anew
+  kFromSlot = 4,  // ... from an initial state
+  kToSlot = 8,    // the state after it is a last state
+};
+
+template <class R_, int kChannelsOfLane, int kStatesOfLane, int kLanes, bool kAny_>
+struct Config {
+  using R = R_;
+  static constexpr int kC = kChannelsOfLane, kS = kStatesOfLane, kL = kLanes;
+  static constexpr bool kAny = kAny_;  // constant B or C, all states
+  // Of an SM, for launch bounds: enough registers that nothing is spilled.
+  static constexpr int kBlocks = kS == 1 ? 5 : sizeof(R) == 8 ? 2 : 3;
+  static constexpr int kRow = 32 / kL, kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kWarpChannels = kRow * kC, kChannels = kWarps * kWarpChannels;
+  static constexpr int kStates = kS * kL;  // walked at a time
+  static constexpr int kKept = kC * kS;    // of a lane
+  // Two more than the channels: 8 lanes that store 8 steps each along time meet in pairs only.
+  static constexpr int kPitch = kChannels + 2;
+  // Steps along time are read as rows of 4 states, without conflicts.
+  static constexpr int kStatePitch = kS == 1 ? 1 : kStates + 4;
+  static_assert(kSteps % kL == 0 && kThreads % kChannels == 0);
+};
+using Narrow = Config<float, 1, 1, 1, false>;
+using Wide = Config<float, 2, 4, 4, false>;
+using AnyFloat = Config<float, 1, 4, 4, true>;
+using AnyDouble = Config<double, 1, 4, 4, true>;
+
+template <class F>
+inline void with_layout(Layout layout, DType compute, F&& f) {
+  if (layout == Layout::kNarrow) return f(Narrow{});
+  if (layout == Layout::kWide) return f(Wide{});
+  if (compute == DType::kFloat32) return f(AnyFloat{});
+  f(AnyDouble{});
+}
+
+template <class C>
+using Tile = SharedArray<typename C::R, kSteps * C::kPitch>;
+template <class C>
+using StateTile = SharedArray<typename C::R, kSteps * C::kStatePitch>;
+
+// kCount neighbours in shared memory, moved at once.
+template <class R, int kCount>
+struct alignas(sizeof(R) * kCount) Several {
+  R x[kCount];
+};
+template <int kCount, class R>
+__device__ __forceinline__ Several<R, kCount>& several(R& first) {
+  return reinterpret_cast<Several<R, kCount>&>(first);
+}
+
+// One block's share of a launch.
+struct Task {
+  int64_t part, b, group, block;  // block: of the group's channels
+  int64_t channel;                // the first
+  int channels;
+  int64_t first, end;  // tiles, in the order of the scan
+};
+
+// `skipped`: parts that take no part.
+template <class C>
+__device__ __forceinline__ Task task_at(const Inputs& p, int64_t i, int64_t skipped = 0) {
+  const int64_t blocks = (p.group_dim() + C::kChannels - 1) / C::kChannels;
+  Task t;
+  t.block = i % blocks, i /= blocks;
+  t.group = i % p.groups, i /= p.groups;
+  t.b = i % p.batch, t.part = i / p.batch + skipped;
+  t.channel = t.group * p.group_dim() + t.block * C::kChannels;
+  const int64_t left = p.group_dim() - t.block * C::kChannels;
+  t.channels = left < C::kChannels ? int(left) : C::kChannels;
+  t.first = p.tiles() * t.part / p.parts, t.end = p.tiles() * (t.part + 1) / p.parts;
+  return t;
+}
+
+// A tile's first step in time, and how many there are of it.
+struct Span {
+  int64_t tile, begin;
+  int steps;
+};
+
+// The i-th tile in the order of the scan.
+__device__ __forceinline__ Span span_at(const Shape& p, int64_t tiles, int64_t i) {
+  const int64_t tile = p.reverse ? tiles - 1 - i : i, begin = tile * kSteps;
+  const int64_t left = p.seqlen - begin;
+  return {tile, begin, left < kSteps ? int(left) : kSteps};
+}
+
+template <class C>
+struct Lane {
+  int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  int q = lane / C::kRow;                                          // which states
+  int channel = warp * C::kWarpChannels + lane % C::kRow * C::kC;  // the first, in the block
+};
+
+template <class T>
+__device__ __forceinline__ bool is_aligned(const T* p, int64_t stride, int count) {
+  return reinterpret_cast<uintptr_t>(p) % (sizeof(T) * count) == 0 && stride % count == 0;
+}
+
+// Calls f(tag of the pack's size, pointer, step, channel) for every pack of a tile's rows, and
+// f(tag 1, ...) for single elements: those in bounds alone.
+template <class C, class T, class F>
+__device__ __forceinline__ void for_packs(T* first, int64_t row_stride, int64_t time_stride,
+                                          int64_t repeat, int64_t channel, int channels, int steps,
+                                          F&& f) {
+  const int thread = int(threadIdx.x);
+  const std::integral_constant<int, 1> one;
+  auto at = [&](int c, int t) {
+    const int64_t row = repeat == 1 ? channel + c : (channel + c) / repeat;
+    return first + row * row_stride + t * time_stride;
+  };
+  if constexpr (sizeof(T) < 8) {
+    constexpr int kVec = kPackSize<T>, kPacks = kSteps / kVec;
+    if (time_stride == 1 && is_aligned(first, row_stride, kVec)) {
+#pragma unroll 1
+      for (int i = thread; i < C::kChannels * kPacks; i += C::kThreads) {
+        const int c = i / kPacks, t = i % kPacks * kVec;
+        if (c >= channels) continue;
+        if (t + kVec <= steps) {
+          f(std::integral_constant<int, kVec>{}, at(c, t), t, c);
+        } else {
+          for (int j = t; j < steps; ++j) f(one, at(c, j), j, c);
+        }
+      }
+      return;
+    }
+    constexpr int kRowPacks = C::kChannels / 4;  // of 4 channels: 8 or 16 bytes
+    if (row_stride == 1 && repeat == 1 && is_aligned(first + channel, time_stride, 4)) {
+#pragma unroll 1
+      for (int i = thread; i < steps * kRowPacks; i += C::kThreads) {
+        const int t = i / kRowPacks, c = i % kRowPacks * 4;
+        if (c + 4 <= channels) {
+          f(std::integral_constant<int, -4>{}, at(c, t), t, c);
+        } else {
+          for (int j = c; j < channels; ++j) f(one, at(j, t), t, j);
+        }
+      }
+      return;
+    }
+  }
+  const bool time_inside = time_stride < row_stride;
+#pragma unroll 1
+  for (int i = thread; i < C::kChannels * kSteps; i += C::kThreads) {
+    const int c = time_inside ? i / kSteps : i % C::kChannels;
+    const int t = time_inside ? i % kSteps : i / C::kChannels;
+    if (c < channels && t < steps) f(one, at(c, t), t, c);
+  }
+}
+
+// tile[t, c] = x[b, (channel + c) / repeat, begin + t]. The rest of the tile is left as it is.
+template <class C, class T>
+__device__ __forceinline__ void load_tile_of(const T* data, const View<3>& x, int64_t repeat,
+                                             const Task& task, const Span& span, Tile<C>& tile) {
+  using R = typename C::R;
+  const T* first = data + task.b * x.stride[0] + span.begin * x.stride[2];
+  for_packs<C>(first, x.stride[1], x.stride[2], repeat, task.channel, task.channels, span.steps,
+               [&](auto size, const T* from, int t, int c) {
+                 constexpr int kSize = decltype(size)::value, kVec = kSize < 0 ? -kSize : kSize;
+                 if constexpr (kVec == 1) {
+                   tile[t * C::kPitch + c] = R(to_number(*from));
+                 } else {
+                   float v[kVec];
+                   Pack<T, kVec>::load(from).unpack(v);
+#pragma unroll
+                   for (int j = 0; j < kVec; ++j) {
+                     tile[kSize < 0 ? t * C::kPitch + c + j : (t + j) * C::kPitch + c] = v[j];
+                   }
+                 }
+               });
+}
+template <class C>
+__device__ __forceinline__ void load_tile(const View<3>& x, int64_t repeat, const Task& task,
+                                          const Span& span, Tile<C>& tile) {
+  with_device_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(T) <= sizeof(typename C::R)) {  // double is computed in double
+      load_tile_of<C>(static_cast<const T*>(x.data), x, repeat, task, span, tile);
+    }
+  });
+}
+
+// x[b, channel + c, begin + t] = value(t, where c is in a tile's row t)
+template <class C, class T, class F>
+__device__ __forceinline__ void store_tile_of(T* data, const View<3>& x, const Task& task,
+                                              const Span& span, F&& value) {
+  T* first = data + task.b * x.stride[0] + span.begin * x.stride[2];
+  for_packs<C>(first, x.stride[1], x.stride[2], 1, task.channel, task.channels, span.steps,
+               [&](auto size, T* to, int t, int c) {
+                 constexpr int kSize = decltype(size)::value, kVec = kSize < 0 ? -kSize : kSize;
+                 auto element = [&](int j) {
+                   return kSize < 0 ? value(t, t * C::kPitch + c + j)
+                                    : value(t + j, (t + j) * C::kPitch + c);
+                 };
+                 if constexpr (std::is_same_v<T, double>) {
+                   *to = element(0);
+                 } else if constexpr (kVec == 1) {
+                   *to = from_number<T>(float(element(0)));
+                 } else {
+                   float v[kVec];
+#pragma unroll
+                   for (int j = 0; j < kVec; ++j) v[j] = float(element(j));
+                   Pack<T, kVec>::of(v).store(to);
+                 }
+               });
+}
+template <class C, class F>
+__device__ __forceinline__ void store_tile(const View<3>& x, const Task& task, const Span& span,
+                                           F&& value) {
+  with_device_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    store_tile_of<C>(static_cast<T*>(x.data), x, task, span, value);
+  });
+}
+
+// tile[t, n] = B (or C) of state first + n at step begin + t; 0 past the ends and at padding.
+template <class C>
+__device__ __forceinline__ void load_states_tile(const Inputs& p, const View<4>& x,
+                                                 const Task& task, const Span& span, int64_t first,
+                                                 StateTile<C>& tile) {
+  using R = typename C::R;
+  const bool time_inside = x.stride[3] < x.stride[2];
+  with_device_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = static_cast<const T*>(x.data) + task.b * x.stride[0] +
+                    task.group * x.stride[1] + first * x.stride[2] + span.begin * x.stride[3];
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < kSteps * C::kStates; i += C::kThreads) {
+      const int n = time_inside ? i / kSteps : i % C::kStates;
+      const int t = time_inside ? i % kSteps : i / C::kStates;
+      const bool there =
+          t < span.steps && first + n < p.state &&
+          !(p.marks != nullptr && p.marks[task.b * p.seqlen + span.begin + t] & kPadding);
+      tile[t * C::kStatePitch + n] =
+          there ? R(to_number(from[n * x.stride[2] + t * x.stride[3]])) : R(0);
+    }
+  });
+}
+
+// What a lane keeps of a table (dim, state), or (channel, state) of B and C that are constant.
+template <class C>
+__device__ __forceinline__ void load_table(const View<2>& x, const Shape& p, const Task& task,
+                                           int64_t first, typename C::R scale,
+                                           typename C::R (&table)[C::kC][C::kS]) {
+  using R = typename C::R;
+  const Lane<C> lane;
+  with_device_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+#pragma unroll
+    for (int c = 0; c < C::kC; ++c) {
+#pragma unroll
+      for (int s = 0; s < C::kS; ++s) {
+        const int64_t n = first + lane.q * C::kS + s;
+        const bool there = lane.channel + c < task.channels && n < p.state;
+        table[c][s] = there ? scale * R(to_number(static_cast<const T*>(
+                                          x.data)[(task.channel + lane.channel + c) * x.stride[0] +
+                                                  n * x.stride[1]]))
+                            : R(0);
+      }
+    }
+  });
+}
+
+// Where a lane's states lie in a contiguous tensor: f(pointer to the number, c, s) for those that
+// there are. Rows are (dim, state) or with `by_state` (state, dim).
+template <class C, class T, class F>
+__device__ __forceinline__ void for_states(T* row, bool by_state, const Shape& p, const Task& task,
+                                           int64_t first, F&& f) {
+  const Lane<C> lane;
+#pragma unroll
+  for (int c = 0; c < C::kC; ++c) {
+    const int64_t d = task.channel + lane.channel + c;
+#pragma unroll
+    for (int s = 0; s < C::kS; ++s) {
+      const int64_t n = first + lane.q * C::kS + s;
+      if (lane.channel + c < task.channels && n < p.state) {
+        f(row + (by_state ? n * p.dim + d : d * p.state + n), c, s);
+      }
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void load_states(const typename C::R* row, bool by_state, const Shape& p,
+                                            const Task& task, int64_t first,
+                                            typename C::R (&h)[C::kC][C::kS]) {
+#pragma unroll
+  for (int c = 0; c < C::kC; ++c) {
+#pragma unroll
+    for (int s = 0; s < C::kS; ++s) h[c][s] = 0;
+  }
+  if (row == nullptr) return;
+  for_states<C>(row, by_state, p, task, first,
+                [&](const typename C::R* from, int c, int s) { h[c][s] = *from; });
+}
+
+template <class C>
+__device__ __forceinline__ void store_states(typename C::R* row, bool by_state, const Shape& p,
+                                             const Task& task, int64_t first,
+                                             const typename C::R (&h)[C::kC][C::kS]) {
+  for_states<C>(row, by_state, p, task, first,
+                [&](typename C::R* to, int c, int s) { *to = h[c][s]; });
+}
+
+// The slot of a token whose mark says that there is one.
+__device__ __forceinline__ int64_t slot_of(const Inputs& p, int64_t b, int64_t t) {
+  if (p.sequences.offsets) return run_at(p.sequences, b, t, 0, false).slot;
+  return p.slots_per_row > 0 ? b * p.slots_per_row + p.sequences.ids.at(b, t) : b;
+}
+
+// The states of a slot, or null.
+template <class C>
+__device__ __forceinline__ typename C::R* slot_row(void* states, const Inputs& p, int64_t b,
+                                                   int64_t t) {
+  return static_cast<typename C::R*>(states) + slot_of(p, b, t) * p.dim * p.state;
+}
+
+// The state that a start starts from.
+template <class C>
+__device__ __forceinline__ void load_start(const Inputs& p, const Task& task, int mark, int64_t t,
+                                           int64_t first, typename C::R (&h)[C::kC][C::kS]) {
+  const bool from_slot = p.initial != nullptr && mark & kFromSlot;
+  load_states<C>(from_slot ? slot_row<C>(const_cast<void*>(p.initial), p, task.b, t) : nullptr,
+                 false, p, task, first, h);
+}
+
+// Sums over the lanes that share channels: lane q gets those of v[q kCount / kL] and on, in front.
+template <class C, int kCount>
+__device__ __forceinline__ void sum_over_states(typename C::R (&v)[kCount], int q) {
+  static_assert(kCount % C::kL == 0);
+#pragma unroll
+  for (int lanes = C::kL / 2; lanes > 0; lanes /= 2) {
+    const int half = kCount / C::kL * lanes;
+    const bool high = q & lanes;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const auto send = high ? v[i] : v[i + half];
+      v[i] = (high ? v[i + half] : v[i]) + __shfl_xor_sync(kAllLanes, send, lanes * C::kRow);
+    }
+  }
+}
+
+// A thread's share of the work on single elements of a tile: one channel, every kStride-th step.
+template <class C>
+struct Column {
+  static constexpr int kStride = C::kThreads / C::kChannels;
+  int c = int(threadIdx.x) % C::kChannels, t0 = int(threadIdx.x) / C::kChannels;
+
+  template <class R>
+  __device__ __forceinline__ R parameter(const View<1>& x, const Task& task,
+                                         int64_t repeat = 1) const {
+    if (!x || c >= task.channels) return R(0);
+    return load_element<R>(x.data, x.dtype, (task.channel + c) / repeat * x.stride[0]);
+  }
+};
+
+template <class R>
+__device__ __forceinline__ R step_size(R delta, R bias, bool apply_softplus) {
+  return apply_softplus ? softplus(delta + bias) : delta + bias;
+}
+
+// The marks of a tile, for all threads; afterwards everything staged before is in place. True if a
+// sequence starts or ends in it.
+template <class Marks>
+__device__ __forceinline__ bool sync_with_marks(const Inputs& p, const Task& task, const Span& span,
+                                                Marks& marks) {
+  int mark = 0;
+  if (threadIdx.x < kSteps) {
+    if (p.marks != nullptr && int(threadIdx.x) < span.steps) {
+      mark = p.marks[task.b * p.seqlen + span.begin + threadIdx.x];
+    }
+    marks[int(threadIdx.x)] = mark;
+  }
+  return __syncthreads_or(mark & (kStart | kToSlot)) != 0;  // operands and marks are in place
+}
+
+}  // namespace statescan::selective_scan::cuda
