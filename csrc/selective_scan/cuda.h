@@ -41,7 +41,7 @@ struct Inputs : Shape {
   View<4> dstates;        // backward: (batch, seqlen, dim, state), or absent
   int64_t parts;          // of a sequence, walked at the same time
   void *carry, *factor;   // (part, batch, state, dim) in the compute type; null if parts == 1
-  void* kept[2];          // (task, block of states, ...) in the compute type: what threads keep
+  void* kept[4];          // (task, block of states, ...) in the compute type: what threads keep
                           // from tile to tile where they cannot hold all states
 
   STATESCAN_HOST_DEVICE int64_t tiles() const { return (seqlen + kSteps - 1) / kSteps; }

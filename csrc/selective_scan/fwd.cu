@@ -16,7 +16,7 @@ template <class C>
 struct FwdShared {
   SharedArray<Tile<C>, 4> tile;  // by Over; y last
   SharedArray<StateTile<C>, 2> projection;
-  SharedArray<int, kSteps> marks;
+  Marks marks;
 };
 constexpr int kY = 3;
 
@@ -40,7 +40,8 @@ __device__ __forceinline__ void prepare(const FwdParams& p, const Task& task, co
 #pragma unroll
   for (int t = column.t0; t < kSteps; t += Column<C>::kStride) {
     const int i = t * C::kPitch + column.c;
-    const bool inside = t < span.steps && column.c < task.channels && !(shared.marks[t] & kPadding);
+    const bool inside =
+        t < span.steps && column.c < task.channels && !(shared.marks.mark[t] & kPadding);
     R& delta = shared.tile[kDelta][i];
     R& u = shared.tile[kU][i];
     const R u_t = inside ? u : R(0);
@@ -124,12 +125,13 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void fwd_kernel(const FwdP
                              shared.projection};
         walk<C, true>(steps, k, h, shared.tile[kY], 0, kSteps, [&](int row, const Kept<C>& h) {
           const int64_t t = span.begin + row;
-          if (marked && shared.marks[row] & kToSlot) {
-            store_states<C>(slot_row<C>(p.last, p, task.b, t), false, p, task, first, h);
+          if (marked && shared.marks.mark[row] & kToSlot) {
+            store_states<C>(static_cast<R*>(p.last) + shared.marks.slot[row] * p.dim * p.state,
+                            false, p, task, first, h);
           }
           if constexpr (C::kAny) {
             if (p.states == nullptr || row >= span.steps) return;
-            const bool padding = shared.marks[row] & kPadding;
+            const bool padding = shared.marks.mark[row] & kPadding;
             for_states<C>(static_cast<R*>(p.states) + (task.b * p.seqlen + t) * p.dim * p.state,
                           false, p, task, first,
                           [&](R* to, int c, int s) { *to = padding ? R(0) : h[c][s]; });
@@ -141,7 +143,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void fwd_kernel(const FwdP
       __syncthreads();  // y is complete
       store_tile<C>(p.y, task, span, [&](int t, int at) {
         const R y = shared.tile[kY][at];
-        if (C::kAny && shared.marks[t] & kPadding) return R(0);  // a constant C
+        if (C::kAny && shared.marks.mark[t] & kPadding) return R(0);  // a constant C
         return p.over[kZ] ? y * shared.tile[kZ][at] : y;
       });
     }

@@ -18,7 +18,7 @@ template <class C>
 struct PartShared {
   SharedArray<Tile<C>, 4> tile;  // by Over
   StateTile<C> projection;       // B; backward: C
-  SharedArray<int, kSteps> marks;
+  Marks marks;
 };
 
 // Step sizes in place; u, or the gradient of y before the gate.
@@ -30,7 +30,8 @@ __device__ __forceinline__ void prepare(const Inputs& p, const Task& task, const
 #pragma unroll
   for (int t = column.t0; t < kSteps; t += Column<C>::kStride) {
     const int i = t * C::kPitch + column.c;
-    const bool inside = t < span.steps && column.c < task.channels && !(shared.marks[t] & kPadding);
+    const bool inside =
+        t < span.steps && column.c < task.channels && !(shared.marks.mark[t] & kPadding);
     R& delta = shared.tile[kDelta][i];
     delta = inside ? step_size(delta, bias, p.delta_softplus) : R(0);
     R& x = shared.tile[kBackward ? kDy : kU][i];
@@ -81,15 +82,14 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void part_kernel(const Inp
 #pragma unroll 4
       for (int step = 0; step < kSteps; ++step) {
         const int row = p.reverse != kBackward ? kSteps - 1 - step : step;
-        const int mark = marked ? int(shared.marks[row]) : 0;
-        const int64_t t = span.begin + row;
+        const int mark = marked ? int(shared.marks.mark[row]) : 0;
         if (!kBackward && mark & kStart) {
-          load_start<C>(p, task, mark, t, first, h);
+          load_start<C>(p, task, shared.marks, row, first, h);
           reset = true;
           for (int c = 0; c < C::kC; ++c) sum[c] = 0;
         }
         if (kBackward) {
-          add_state_gradients<C>(p, task, span, row, mark, first, h);
+          add_state_gradients<C>(p, task, span, row, marked, shared.marks, first, h);
         }
         const auto delta = several<C::kC>(shared.tile[kDelta][row * C::kPitch + lane.channel]);
         const auto x =

@@ -334,20 +334,21 @@ __device__ __forceinline__ int64_t slot_of(const Inputs& p, int64_t b, int64_t t
   return p.slots_per_row > 0 ? b * p.slots_per_row + p.sequences.ids.at(b, t) : b;
 }
 
-// The states of a slot, or null.
-template <class C>
-__device__ __forceinline__ typename C::R* slot_row(void* states, const Inputs& p, int64_t b,
-                                                   int64_t t) {
-  return static_cast<typename C::R*>(states) + slot_of(p, b, t) * p.dim * p.state;
-}
+// Of a tile, for all threads.
+struct Marks {
+  SharedArray<int, kSteps> mark;
+  SharedArray<int64_t, kSteps> slot;  // where a mark says that there is one
+};
 
 // The state that a start starts from.
 template <class C>
-__device__ __forceinline__ void load_start(const Inputs& p, const Task& task, int mark, int64_t t,
+__device__ __forceinline__ void load_start(const Inputs& p, const Task& task, Marks& marks, int row,
                                            int64_t first, typename C::R (&h)[C::kC][C::kS]) {
-  const bool from_slot = p.initial != nullptr && mark & kFromSlot;
-  load_states<C>(from_slot ? slot_row<C>(const_cast<void*>(p.initial), p, task.b, t) : nullptr,
-                 false, p, task, first, h);
+  const bool from_slot = p.initial != nullptr && marks.mark[row] & kFromSlot;
+  load_states<C>(
+      from_slot ? static_cast<const typename C::R*>(p.initial) + marks.slot[row] * p.dim * p.state
+                : nullptr,
+      false, p, task, first, h);
 }
 
 // Sums over the lanes that share channels: lane q gets those of v[q kCount / kL] and on, in front.
@@ -385,17 +386,17 @@ __device__ __forceinline__ R step_size(R delta, R bias, bool apply_softplus) {
   return apply_softplus ? softplus(delta + bias) : delta + bias;
 }
 
-// The marks of a tile, for all threads; afterwards everything staged before is in place. True if a
-// sequence starts or ends in it.
-template <class Marks>
+// Finds the marks of a tile; afterwards everything staged before is in place. True if a sequence
+// starts or ends in it.
 __device__ __forceinline__ bool sync_with_marks(const Inputs& p, const Task& task, const Span& span,
                                                 Marks& marks) {
   int mark = 0;
   if (threadIdx.x < kSteps) {
-    if (p.marks != nullptr && int(threadIdx.x) < span.steps) {
-      mark = p.marks[task.b * p.seqlen + span.begin + threadIdx.x];
-    }
-    marks[int(threadIdx.x)] = mark;
+    const int row = int(threadIdx.x);
+    const int64_t t = span.begin + row;
+    if (p.marks != nullptr && row < span.steps) mark = p.marks[task.b * p.seqlen + t];
+    marks.mark[row] = mark;
+    marks.slot[row] = mark & (kFromSlot | kToSlot) ? slot_of(p, task.b, t) : 0;
   }
   return __syncthreads_or(mark & (kStart | kToSlot)) != 0;  // operands and marks are in place
 }

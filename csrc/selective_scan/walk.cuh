@@ -54,7 +54,7 @@ struct Steps {
   const Span& span;
   int64_t first_state;  // of the block of states
   bool marked;          // a sequence starts or ends in the tile
-  SharedArray<int, kSteps>& marks;
+  Marks& marks;
   Tile<C>&u, &delta;
   SharedArray<StateTile<C>, 2>& projection;  // B, C
 
@@ -84,8 +84,8 @@ __device__ __forceinline__ void walk(const Steps<C>& x, const Parameters<C>& k, 
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int row = x.row(i0 + j);
-      if (x.marked && x.marks[row] & kStart) {
-        load_start<C>(x.p, x.task, x.marks[row], x.span.begin + row, x.first_state, h);
+      if (x.marked && x.marks.mark[row] & kStart) {
+        load_start<C>(x.p, x.task, x.marks, row, x.first_state, h);
       }
       const auto delta = x.channels(x.delta, row, lane), u = x.channels(x.u, row, lane);
       const auto B = x.states(k, 0, row, lane);
@@ -124,17 +124,17 @@ __device__ __forceinline__ void walk(const Steps<C>& x, const Parameters<C>& k, 
 // or of all states.
 template <class C>
 __device__ __forceinline__ void add_state_gradients(const Inputs& p, const Task& task,
-                                                    const Span& span, int row, int mark,
-                                                    int64_t first, Kept<C>& dh) {
+                                                    const Span& span, int row, bool marked,
+                                                    Marks& marks, int64_t first, Kept<C>& dh) {
   using R = typename C::R;
-  const int64_t t = span.begin + row;
-  if (p.dlast != nullptr && mark & kToSlot) {
-    for_states<C>(slot_row<C>(const_cast<void*>(p.dlast), p, task.b, t), false, p, task, first,
-                  [&](const R* from, int c, int s) { dh[c][s] += *from; });
+  if (marked && p.dlast != nullptr && marks.mark[row] & kToSlot) {
+    for_states<C>(static_cast<const R*>(p.dlast) + marks.slot[row] * p.dim * p.state, false, p,
+                  task, first, [&](const R* from, int c, int s) { dh[c][s] += *from; });
   }
   if constexpr (C::kAny) {
     const View<4>& x = p.dstates;
-    if (!x || row >= span.steps || mark & kPadding) return;
+    if (!x || row >= span.steps || marks.mark[row] & kPadding) return;
+    const int64_t t = span.begin + row;
     const Lane<C> lane;
 #pragma unroll
     for (int s = 0; s < C::kS; ++s) {

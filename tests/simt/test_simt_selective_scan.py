@@ -21,15 +21,18 @@ def chunk(monkeypatch):
     monkeypatch.setattr(statescan.ops.selective_scan, "chunk_size", lambda A: 16)
 
 
-def check(place, inputs, **options):
+def check(place, inputs, *, slack=1, **options):
+    """As test_selective_scan.check: outputs and every gradient."""
     options = {"delta_softplus": True, "return_last_state": True} | options
-    with torch.no_grad():
-        got = place(statescan.selective_scan, **inputs, **options)
-        ref_options = {k: v for k, v in options.items() if k != "out_dtype"}
-        want = theirs(**in_double(inputs), **ref_options)
+    got, grads = place(on_cpu.run, on_cpu.ours, inputs, **options)
+    ref_options = {k: v for k, v in options.items() if k != "out_dtype"}
+    want, want_grads = on_cpu.run(theirs, in_double(inputs), **ref_options)
     coarsest = max((x.dtype for x in inputs.values() if x is not None), key=TOLERANCE.get)
     for name, y, w in zip(("y", "last_state", "states"), got, want, strict=False):
-        assert_close(name, y, w, coarsest if name == "y" else None)
+        assert_close(name, y, w, coarsest if name == "y" else None, slack)
+    for name, grad in grads.items():
+        assert grad.dtype == inputs[name].dtype
+        assert_close("d" + name, grad, want_grads[name], coarsest, slack)
 
 
 @pytest.mark.parametrize("seqlen", [1, 15, 16, 17, 33, 50])
@@ -72,7 +75,7 @@ def test_dtypes_and_layouts(place, dtype, layout, state):
 
 
 def channel_last_of(x):
-    return x.detach().transpose(-1, -2).contiguous().transpose(-1, -2)
+    return x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
 
 
 def own_dtypes(inputs):
@@ -161,6 +164,10 @@ def test_empty(place, sizes):
     y, last = place(on_cpu.ours, **inputs, return_last_state=True)
     assert y.shape == inputs["u"].shape
     assert torch.equal(last, inputs["initial_state"])
+    _, grads = place(on_cpu.run, on_cpu.ours, inputs, return_last_state=True)
+    assert not grads["A"].any() and not grads["B"].any() and not grads["D"].any()
+    if sizes == {"seqlen": 0}:
+        assert grads["initial_state"].abs().min() > 0
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -227,9 +234,15 @@ def poisoned(inputs, seq_idx):
 
 def test_padding_is_not_read(place):
     inputs = sample(batch=4, seqlen=44, dim=5)
-    y = place(on_cpu.ours, **inputs, seq_idx=SHORT_IDX)
-    assert not y[(SHORT_IDX < 0)[:, None, :].expand_as(y)].any()
-    assert torch.equal(place(on_cpu.ours, **poisoned(inputs, SHORT_IDX), seq_idx=SHORT_IDX), y)
+    (y,), grads = place(on_cpu.run, on_cpu.ours, inputs, seq_idx=SHORT_IDX)
+    padding = (SHORT_IDX < 0)[:, None, :].expand_as(y)
+    for x in (y, grads["u"], grads["delta"], grads["z"]):
+        assert not x[padding].any()
+    bad = poisoned(inputs, SHORT_IDX)
+    (got,), got_grads = place(on_cpu.run, on_cpu.ours, bad, seq_idx=SHORT_IDX)
+    assert torch.equal(got, y)
+    for name in grads:
+        assert torch.equal(got_grads[name], grads[name]), name
 
 
 def test_offsets_that_make_no_sense_stay_in_bounds(place):
