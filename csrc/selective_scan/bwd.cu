@@ -16,7 +16,7 @@ namespace {
 
 template <class C>
 __device__ __forceinline__ void stage_projections(const Inputs& p, const Task& task,
-                                                  const Span& span, int64_t first,
+                                                  const Span& span, int first,
                                                   BwdShared<C>& shared) {
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
@@ -88,23 +88,25 @@ __device__ __forceinline__ void combine(const BwdParams& p, const Task& task, co
 // dB and dC of a tile, summed over the warps of the block in their order.
 template <class C>
 __device__ __forceinline__ void write_projection_sums(const BwdParams& p, const Task& task,
-                                                      const Steps<C>& steps, BwdShared<C>& shared) {
+                                                      const Span& span, int first,
+                                                      BwdShared<C>& shared) {
   using R = typename C::R;
   using S = BwdShared<C>;
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < kSteps * 2 * C::kStates; i += C::kThreads) {
     const int n = i % C::kStates, which = i / C::kStates % 2, step = i / (2 * C::kStates);
-    const int row = steps.row(step), in_piece = i - step / S::kHeld * S::kHeld * 2 * C::kStates;
-    if (row >= steps.span.steps || steps.first_state + n >= p.state) continue;
+    const int row = p.reverse ? kSteps - 1 - step : step,
+              in_piece = i - step / S::kHeld * S::kHeld * 2 * C::kStates;
+    if (row >= span.steps || first + n >= p.state) continue;
     if (C::kAny && (which == 0 ? p.constant_B : p.constant_C)) continue;
     R sum = 0;
 #pragma unroll
     for (int warp = 0; warp < C::kWarps; ++warp) {
       sum += shared.checkpoint[shared.checkpoint_at(warp, step / S::kHeld) + in_piece];
     }
-    const int64_t at = ((task.block * p.batch + task.b) * p.groups + task.group) * p.seqlen +
-                       steps.span.begin + row;
-    static_cast<R*>(p.sums[which])[at * p.state + steps.first_state + n] = sum;
+    const int64_t at =
+        ((task.block * p.batch + task.b) * p.groups + task.group) * p.seqlen + span.begin + row;
+    static_cast<R*>(p.sums[which])[at * p.state + first + n] = sum;
   }
 }
 
@@ -118,21 +120,23 @@ __device__ __forceinline__ void write_column_sums(const BwdParams& p, const Task
   shared.tile[kY][int(threadIdx.x)] = sums.dD;
   shared.tile[kZ][int(threadIdx.x)] = sums.dbias;
   __syncthreads();  // all sums are in place
-  if (threadIdx.x >= C::kChannels || column.c >= task.channels) return;
+  const bool there = threadIdx.x < C::kChannels && column.c < task.channels;
+  const int64_t at = (task.part * p.batch + task.b) * p.dim + task.channel + column.c;
+  __syncthreads();  // nobody needs the task any more
+  if (!there) return;
   R dD = 0, dbias = 0;
 #pragma unroll
   for (int i = 0; i < Column<C>::kStride; ++i) {
     dD += shared.tile[kY][i * C::kChannels + column.c];
     dbias += shared.tile[kZ][i * C::kChannels + column.c];
   }
-  const int64_t at = (task.part * p.batch + task.b) * p.dim + task.channel + column.c;
   static_cast<R*>(p.dD)[at] = dD;
   static_cast<R*>(p.dbias)[at] = dbias;
 }
 
 // A block of states of one part: before its last tile and after its first.
 template <class C>
-__device__ __forceinline__ void begin_states(const BwdParams& p, const Task& task, int64_t first,
+__device__ __forceinline__ void begin_states(const BwdParams& p, const Task& task, int first,
                                              Gradients<C>& g) {
   using R = typename C::R;
   g = {};
@@ -143,7 +147,7 @@ __device__ __forceinline__ void begin_states(const BwdParams& p, const Task& tas
   load_states<C>(row, p.carry != nullptr, p, task, first, g.dh);
 }
 template <class C>
-__device__ __forceinline__ void end_states(const BwdParams& p, const Task& task, int64_t first,
+__device__ __forceinline__ void end_states(const BwdParams& p, const Task& task, int first,
                                            const Gradients<C>& g) {
   using R = typename C::R;
   if (p.marks == nullptr && p.dinitial != nullptr && task.part == 0) {
@@ -175,14 +179,16 @@ __device__ __forceinline__ void for_kept(const BwdParams& p, int64_t task, int64
 }
 
 template <class C>
-__global__ __launch_bounds__(C::kThreads, C::kBlocks) void bwd_kernel(const BwdParams p,
-                                                                      int64_t state_blocks,
-                                                                      int64_t tasks) {
+__global__ __launch_bounds__(C::kThreads, C::kBwdBlocks) void bwd_kernel(const BwdParams p,
+                                                                         int state_blocks,
+                                                                         int64_t tasks) {
   using R = typename C::R;
   BwdShared<C>& shared = *dynamic_shared<BwdShared<C>>();
   const Column<C> column;
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
-    const Task task = task_at<C>(p, i);
+    if (threadIdx.x == 0) shared.task = task_at<C>(p, i);
+    __syncthreads();  // the task is known
+    const Task& task = shared.task;
     ColumnSums<C> sums{column.template parameter<R>(p.delta_bias, task, p.delta_repeat),
                        column.template parameter<R>(p.D, task)};
     Parameters<C> k;
@@ -193,8 +199,10 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void bwd_kernel(const BwdP
     }
 #pragma unroll 1
     for (int64_t tile = task.end - 1; tile >= task.first; --tile) {
-      const Span span = span_at(p, p.tiles(), tile);
       __syncthreads();  // the tile before has been stored
+      if (threadIdx.x == 0) shared.span = span_at(p, p.tiles(), tile);
+      __syncthreads();  // the tile is known
+      const Span& span = shared.span;
 #pragma unroll 1
       for (int x = 0; x < 4; ++x) {
         if (!p.over[x]) continue;
@@ -205,8 +213,8 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void bwd_kernel(const BwdP
       prepare<C>(p, task, span, column, sums, shared);
       __syncthreads();  // step sizes are in place
 #pragma unroll 1
-      for (int64_t block = 0; block < state_blocks; ++block) {
-        const int64_t first = block * C::kStates;
+      for (int block = 0; block < state_blocks; ++block) {
+        const int first = block * C::kStates;
         if (block > 0) {
           __syncthreads();  // the block of states before is done with
           stage_projections(p, task, span, first, shared);
@@ -221,21 +229,22 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void bwd_kernel(const BwdP
                         [](const R* from, Kept<C>& x) { load_kept<C>(from, x); });
           }
         }
-        const Steps<C> steps{p,
-                             task,
-                             span,
-                             first,
-                             marked,
-                             shared.marks,
-                             shared.tile[kU],
-                             shared.tile[kDelta],
-                             shared.projection};
         Kept<C> h;
         load_states<C>(state_row<C>(p.chunk_states, p, task.b * p.tiles() + span.tile), true, p,
                        task, first, h);
-        walk_back<C>(steps, k, h, p.dinitial, shared, g);
+        with_marked<C>(marked, [&](auto look) {
+          const Steps<C, decltype(look)::value> steps{p,
+                                                      task,
+                                                      span,
+                                                      first,
+                                                      shared.marks,
+                                                      shared.tile[kU],
+                                                      shared.tile[kDelta],
+                                                      shared.projection};
+          walk_back<C>(steps, k, h, p.dinitial, shared, g);
+        });
         __syncthreads();  // every warp has walked the tile
-        write_projection_sums<C>(p, task, steps, shared);
+        write_projection_sums<C>(p, task, span, first, shared);
         if (tile == task.first) end_states<C>(p, task, first, g);
         if (state_blocks > 1) {
           for_kept<C>(p, i, state_blocks, block, g,
@@ -265,7 +274,7 @@ void bwd(const BwdParams& p, Layout layout, cudaStream_t stream) {
     const int64_t blocks = (p.group_dim() + C::kChannels - 1) / C::kChannels;
     const int64_t tasks = p.parts * p.batch * p.groups * blocks;
     launch("selective_scan bwd", bwd_kernel<C>, blocks_for(tasks, 1), C::kThreads,
-           sizeof(BwdShared<C>), stream, p, (p.state + C::kStates - 1) / C::kStates, tasks);
+           sizeof(BwdShared<C>), stream, p, int((p.state + C::kStates - 1) / C::kStates), tasks);
   });
 }
 

@@ -14,15 +14,17 @@ namespace {
 
 template <class C>
 struct FwdShared {
-  SharedArray<Tile<C>, 4> tile;  // by Over; y last
-  SharedArray<StateTile<C>, 2> projection;
+  alignas(32) SharedArray<Tile<C>, 4> tile;  // by Over; y last
+  alignas(32) SharedArray<StateTile<C>, 2> projection;
   Marks marks;
+  Task task;  // here rather than in registers
+  Span span;
 };
 constexpr int kY = 3;
 
 template <class C>
 __device__ __forceinline__ void stage_projections(const Inputs& p, const Task& task,
-                                                  const Span& span, int64_t first,
+                                                  const Span& span, int first,
                                                   FwdShared<C>& shared) {
 #pragma unroll 1
   for (int i = 0; i < 2; ++i) {
@@ -55,27 +57,48 @@ __device__ __forceinline__ void prepare(const FwdParams& p, const Task& task, co
   }
 }
 
+// Last states, and all states.
+template <class C>
+__device__ __forceinline__ void emit_states(const FwdParams& p, const Task& task, const Span& span,
+                                            int first, int row, Marks& marks, const Kept<C>& h) {
+  using R = typename C::R;
+  const int64_t size = p.dim * p.state;
+  if (marks.mark[row] & kToSlot) {
+    store_states<C>(static_cast<R*>(p.last) + marks.slot[row] * size, false, p, task, first, h);
+  }
+  if constexpr (C::kAny) {
+    if (p.states == nullptr || row >= span.steps) return;
+    const bool padding = marks.mark[row] & kPadding;
+    const int64_t t = task.b * p.seqlen + span.begin + row;
+    for_states<C>(static_cast<R*>(p.states) + t * size, false, p, task, first,
+                  [&](R* to, int c, int s) { *to = padding ? R(0) : h[c][s]; });
+  }
+}
+
 template <class C>
 __global__ __launch_bounds__(C::kThreads, C::kBlocks) void fwd_kernel(const FwdParams p,
-                                                                      int64_t state_blocks,
+                                                                      int state_blocks,
                                                                       int64_t tasks) {
   using R = typename C::R;
   FwdShared<C>& shared = *dynamic_shared<FwdShared<C>>();
   const Column<C> column;
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
-    const Task task = task_at<C>(p, i);
+    __syncthreads();  // the task before is done with
+    if (threadIdx.x == 0) shared.task = task_at<C>(p, i);
+    __syncthreads();  // the task is known
+    const Task& task = shared.task;
     const R bias = column.template parameter<R>(p.delta_bias, task, p.delta_repeat);
     const R D = column.template parameter<R>(p.D, task);
     Parameters<C> k;
     Kept<C> h;
-    auto entry = [&](int64_t first) {  // the state before the part
+    auto entry = [&](int first) {  // the state before the part
       const R* row = p.carry != nullptr ? state_row<C>(p.carry, p, task.part * p.batch + task.b)
                      : p.marks == nullptr && p.initial != nullptr
                          ? static_cast<const R*>(p.initial) + task.b * p.dim * p.state
                          : nullptr;
       load_states<C>(row, p.carry != nullptr, p, task, first, h);
     };
-    auto exit = [&](int64_t first) {
+    auto exit = [&](int first) {
       if (p.marks == nullptr && task.end == p.tiles()) {
         store_states<C>(static_cast<R*>(p.last) + task.b * p.dim * p.state, false, p, task, first,
                         h);
@@ -87,8 +110,10 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void fwd_kernel(const FwdP
     }
 #pragma unroll 1
     for (int64_t tile = task.first; tile < task.end; ++tile) {
-      const Span span = span_at(p, p.tiles(), tile);
       __syncthreads();  // the tile before has been stored
+      if (threadIdx.x == 0) shared.span = span_at(p, p.tiles(), tile);
+      __syncthreads();  // the tile is known
+      const Span& span = shared.span;
 #pragma unroll 1
       for (int x = 0; x < (p.over[kZ] ? 3 : 2); ++x) {
         load_tile<C>(p.over[x], x == kDelta ? p.delta_repeat : 1, task, span, shared.tile[x]);
@@ -98,8 +123,8 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void fwd_kernel(const FwdP
       prepare<C>(p, task, span, column, bias, D, shared);
       __syncthreads();  // step sizes are in place
 #pragma unroll 1
-      for (int64_t block = 0; block < state_blocks; ++block) {
-        const int64_t first = block * C::kStates;
+      for (int block = 0; block < state_blocks; ++block) {
+        const int first = block * C::kStates;
         R* kept = state_blocks == 1 ? nullptr : kept_at<C>(p.kept[0], i, state_blocks, block);
         if (block > 0) {
           __syncthreads();  // the block of states before has been walked
@@ -114,28 +139,19 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void fwd_kernel(const FwdP
           store_states<C>(state_row<C>(p.chunk_states, p, task.b * p.tiles() + span.tile), true, p,
                           task, first, h);
         }
-        const Steps<C> steps{p,
-                             task,
-                             span,
-                             first,
-                             marked,
-                             shared.marks,
-                             shared.tile[kU],
-                             shared.tile[kDelta],
-                             shared.projection};
-        walk<C, true>(steps, k, h, shared.tile[kY], 0, kSteps, [&](int row, const Kept<C>& h) {
-          const int64_t t = span.begin + row;
-          if (marked && shared.marks.mark[row] & kToSlot) {
-            store_states<C>(static_cast<R*>(p.last) + shared.marks.slot[row] * p.dim * p.state,
-                            false, p, task, first, h);
-          }
-          if constexpr (C::kAny) {
-            if (p.states == nullptr || row >= span.steps) return;
-            const bool padding = shared.marks.mark[row] & kPadding;
-            for_states<C>(static_cast<R*>(p.states) + (task.b * p.seqlen + t) * p.dim * p.state,
-                          false, p, task, first,
-                          [&](R* to, int c, int s) { *to = padding ? R(0) : h[c][s]; });
-          }
+        with_marked<C>(marked, [&](auto look) {
+          constexpr bool kMarked = decltype(look)::value;
+          const Steps<C, kMarked> steps{p,
+                                        task,
+                                        span,
+                                        first,
+                                        shared.marks,
+                                        shared.tile[kU],
+                                        shared.tile[kDelta],
+                                        shared.projection};
+          walk<C, true>(steps, k, h, shared.tile[kY], 0, kSteps, [&](int row, const Kept<C>& h) {
+            if (kMarked) emit_states<C>(p, task, span, first, row, shared.marks, h);
+          });
         });
         if (kept != nullptr) store_kept<C>(kept, h);
         if (tile + 1 == task.end) exit(first);
@@ -161,7 +177,7 @@ void fwd(const FwdParams& p, Layout layout, cudaStream_t stream) {
     const int64_t blocks = (p.group_dim() + C::kChannels - 1) / C::kChannels;
     const int64_t tasks = p.parts * p.batch * p.groups * blocks;
     launch("selective_scan fwd", fwd_kernel<C>, blocks_for(tasks, 1), C::kThreads,
-           sizeof(FwdShared<C>), stream, p, (p.state + C::kStates - 1) / C::kStates, tasks);
+           sizeof(FwdShared<C>), stream, p, int((p.state + C::kStates - 1) / C::kStates), tasks);
   });
 }
 

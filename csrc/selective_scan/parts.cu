@@ -16,8 +16,8 @@ namespace {
 
 template <class C>
 struct PartShared {
-  SharedArray<Tile<C>, 4> tile;  // by Over
-  StateTile<C> projection;       // B; backward: C
+  alignas(32) SharedArray<Tile<C>, 4> tile;  // by Over
+  alignas(32) StateTile<C> projection;       // B; backward: C
   Marks marks;
 };
 
@@ -43,9 +43,9 @@ __device__ __forceinline__ void prepare(const Inputs& p, const Task& task, const
 
 // One block: one block of channels and of states of a part.
 template <class C, bool kBackward>
-__global__ __launch_bounds__(C::kThreads, C::kBlocks) void part_kernel(const Inputs p,
-                                                                       int64_t state_blocks,
-                                                                       int64_t tasks) {
+__global__ __launch_bounds__(C::kThreads, C::kPartBlocks) void part_kernel(const Inputs p,
+                                                                           int state_blocks,
+                                                                           int64_t tasks) {
   using R = typename C::R;
   PartShared<C>& shared = *dynamic_shared<PartShared<C>>();
   const Lane<C> lane;
@@ -56,7 +56,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void part_kernel(const Inp
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
     // Nobody asks what leaves the last part (backward: the first).
     const Task task = task_at<C>(p, i % parts_tasks, kBackward ? 1 : 0);
-    const int64_t first = i / parts_tasks * C::kStates;
+    const int first = int(i / parts_tasks) * C::kStates;
     const R bias = column.template parameter<R>(p.delta_bias, task, p.delta_repeat);
     Parameters<C> k;
     k.load(p, task, first);
@@ -89,7 +89,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void part_kernel(const Inp
           for (int c = 0; c < C::kC; ++c) sum[c] = 0;
         }
         if (kBackward) {
-          add_state_gradients<C>(p, task, span, row, marked, shared.marks, first, h);
+          if (marked || C::kAny) add_state_gradients<C>(p, task, span, row, shared.marks, first, h);
         }
         const auto delta = several<C::kC>(shared.tile[kDelta][row * C::kPitch + lane.channel]);
         const auto x =
@@ -159,7 +159,7 @@ void launch_parts(const Inputs& p, Layout layout, cudaStream_t stream) {
   with_layout(layout, p.compute, [&](auto config) {
     using C = decltype(config);
     const int64_t blocks = (p.group_dim() + C::kChannels - 1) / C::kChannels;
-    const int64_t state_blocks = (p.state + C::kStates - 1) / C::kStates;
+    const int state_blocks = int((p.state + C::kStates - 1) / C::kStates);
     const int64_t tasks = (p.parts - 1) * p.batch * p.groups * blocks * state_blocks;
     launch("selective_scan parts", part_kernel<C, kBackward>, blocks_for(tasks, 1), C::kThreads,
            sizeof(PartShared<C>), stream, p, state_blocks, tasks);

@@ -36,8 +36,10 @@ struct Config {
   using R = R_;
   static constexpr int kC = kChannelsOfLane, kS = kStatesOfLane, kL = kLanes;
   static constexpr bool kAny = kAny_;  // constant B or C, all states
-  // Of an SM, for launch bounds: enough registers that nothing is spilled.
-  static constexpr int kBlocks = kS == 1 ? 5 : sizeof(R) == 8 ? 2 : 3;
+  // On an SM, for launch bounds: as many as do without spilling.
+  static constexpr int kBlocks = kS == 1 ? 5 : sizeof(R) == 8 ? 2 : 4;
+  static constexpr int kPartBlocks = kS == 1 ? 5 : sizeof(R) == 8 ? 3 : 4;
+  static constexpr int kBwdBlocks = sizeof(R) == 8 ? 2 : 3;
   static constexpr int kRow = 32 / kL, kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kWarpChannels = kRow * kC, kChannels = kWarps * kWarpChannels;
   static constexpr int kStates = kS * kL;  // walked at a time
@@ -213,16 +215,17 @@ __device__ __forceinline__ void store_tile_of(T* data, const View<3>& x, const T
   T* first = data + task.b * x.stride[0] + span.begin * x.stride[2];
   for_packs<C>(first, x.stride[1], x.stride[2], 1, task.channel, task.channels, span.steps,
                [&](auto size, T* to, int t, int c) {
-                 constexpr int kSize = decltype(size)::value, kVec = kSize < 0 ? -kSize : kSize;
+                 constexpr int kSize = decltype(size)::value;
                  auto element = [&](int j) {
                    return kSize < 0 ? value(t, t * C::kPitch + c + j)
                                     : value(t + j, (t + j) * C::kPitch + c);
                  };
                  if constexpr (std::is_same_v<T, double>) {
                    *to = element(0);
-                 } else if constexpr (kVec == 1) {
+                 } else if constexpr (kSize == 1) {
                    *to = from_number<T>(float(element(0)));
                  } else {
+                   constexpr int kVec = kSize < 0 ? -kSize : kSize;
                    float v[kVec];
 #pragma unroll
                    for (int j = 0; j < kVec; ++j) v[j] = float(element(j));
@@ -242,7 +245,7 @@ __device__ __forceinline__ void store_tile(const View<3>& x, const Task& task, c
 // tile[t, n] = B (or C) of state first + n at step begin + t; 0 past the ends and at padding.
 template <class C>
 __device__ __forceinline__ void load_states_tile(const Inputs& p, const View<4>& x,
-                                                 const Task& task, const Span& span, int64_t first,
+                                                 const Task& task, const Span& span, int first,
                                                  StateTile<C>& tile) {
   using R = typename C::R;
   const bool time_inside = x.stride[3] < x.stride[2];
@@ -266,7 +269,7 @@ __device__ __forceinline__ void load_states_tile(const Inputs& p, const View<4>&
 // What a lane keeps of a table (dim, state), or (channel, state) of B and C that are constant.
 template <class C>
 __device__ __forceinline__ void load_table(const View<2>& x, const Shape& p, const Task& task,
-                                           int64_t first, typename C::R scale,
+                                           int first, typename C::R scale,
                                            typename C::R (&table)[C::kC][C::kS]) {
   using R = typename C::R;
   const Lane<C> lane;
@@ -291,7 +294,7 @@ __device__ __forceinline__ void load_table(const View<2>& x, const Shape& p, con
 // there are. Rows are (dim, state) or with `by_state` (state, dim).
 template <class C, class T, class F>
 __device__ __forceinline__ void for_states(T* row, bool by_state, const Shape& p, const Task& task,
-                                           int64_t first, F&& f) {
+                                           int first, F&& f) {
   const Lane<C> lane;
 #pragma unroll
   for (int c = 0; c < C::kC; ++c) {
@@ -308,7 +311,7 @@ __device__ __forceinline__ void for_states(T* row, bool by_state, const Shape& p
 
 template <class C>
 __device__ __forceinline__ void load_states(const typename C::R* row, bool by_state, const Shape& p,
-                                            const Task& task, int64_t first,
+                                            const Task& task, int first,
                                             typename C::R (&h)[C::kC][C::kS]) {
 #pragma unroll
   for (int c = 0; c < C::kC; ++c) {
@@ -322,7 +325,7 @@ __device__ __forceinline__ void load_states(const typename C::R* row, bool by_st
 
 template <class C>
 __device__ __forceinline__ void store_states(typename C::R* row, bool by_state, const Shape& p,
-                                             const Task& task, int64_t first,
+                                             const Task& task, int first,
                                              const typename C::R (&h)[C::kC][C::kS]) {
   for_states<C>(row, by_state, p, task, first,
                 [&](typename C::R* to, int c, int s) { *to = h[c][s]; });
@@ -343,7 +346,7 @@ struct Marks {
 // The state that a start starts from.
 template <class C>
 __device__ __forceinline__ void load_start(const Inputs& p, const Task& task, Marks& marks, int row,
-                                           int64_t first, typename C::R (&h)[C::kC][C::kS]) {
+                                           int first, typename C::R (&h)[C::kC][C::kS]) {
   const bool from_slot = p.initial != nullptr && marks.mark[row] & kFromSlot;
   load_states<C>(
       from_slot ? static_cast<const typename C::R*>(p.initial) + marks.slot[row] * p.dim * p.state
@@ -352,18 +355,18 @@ __device__ __forceinline__ void load_start(const Inputs& p, const Task& task, Ma
 }
 
 // Sums over the lanes that share channels: lane q gets those of v[q kCount / kL] and on, in front.
-template <class C, int kCount>
+template <class C, int kCount, int kLanes = C::kL / 2>
 __device__ __forceinline__ void sum_over_states(typename C::R (&v)[kCount], int q) {
   static_assert(kCount % C::kL == 0);
+  if constexpr (kLanes > 0) {
+    constexpr int kHalf = kCount / C::kL * kLanes;
+    const bool high = q & kLanes;
 #pragma unroll
-  for (int lanes = C::kL / 2; lanes > 0; lanes /= 2) {
-    const int half = kCount / C::kL * lanes;
-    const bool high = q & lanes;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const auto send = high ? v[i] : v[i + half];
-      v[i] = (high ? v[i + half] : v[i]) + __shfl_xor_sync(kAllLanes, send, lanes * C::kRow);
+    for (int i = 0; i < kHalf; ++i) {
+      const auto send = high ? v[i] : v[i + kHalf], keep = high ? v[i + kHalf] : v[i];
+      v[i] = keep + __shfl_xor_sync(kAllLanes, send, kLanes * C::kRow);
     }
+    sum_over_states<C, kCount, kLanes / 2>(v, q);
   }
 }
 

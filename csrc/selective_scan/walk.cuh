@@ -19,7 +19,7 @@ struct Parameters {
   Kept<C> fixed[2];  // B and C where they are constant; without kAny they are not
   bool is_fixed[2];
 
-  __device__ __forceinline__ void load(const Inputs& p, const Task& task, int64_t first) {
+  __device__ __forceinline__ void load(const Inputs& p, const Task& task, int first) {
     using R = typename C::R;
     load_table<C>(p.A, p, task, first, R(kLog2e), A);
     if constexpr (C::kAny) {
@@ -46,14 +46,14 @@ struct Parameters {
   }
 };
 
-// A tile as a walk sees it. Steps are counted in the order of the scan.
-template <class C>
+// A tile as a walk sees it. Steps are counted in the order of the scan. kMarked: sequences may start or
+// end in it, and each step has to look; a walk that need not is scheduled much better.
+template <class C, bool kMarked>
 struct Steps {
   const Inputs& p;
   const Task& task;
   const Span& span;
-  int64_t first_state;  // of the block of states
-  bool marked;          // a sequence starts or ends in the tile
+  int first_state;  // of the block of states
   Marks& marks;
   Tile<C>&u, &delta;
   SharedArray<StateTile<C>, 2>& projection;  // B, C
@@ -71,10 +71,17 @@ struct Steps {
   }
 };
 
+// Calls f(tag: are there marks to look for). kAny is for what is rare: it always looks.
+template <class C, class F>
+__device__ __forceinline__ void with_marked(bool marked, F&& f) {
+  if (C::kAny || marked) return f(std::true_type{});
+  if constexpr (!C::kAny) f(std::false_type{});
+}
+
 // Walks h over steps [begin, end), a multiple of kBatch. With kOutputs, adds sum_n C h to y.
 // after(row, h): after every step.
-template <class C, bool kOutputs, class After>
-__device__ __forceinline__ void walk(const Steps<C>& x, const Parameters<C>& k, Kept<C>& h,
+template <class C, bool kOutputs, bool kMarked, class After>
+__device__ __forceinline__ void walk(const Steps<C, kMarked>& x, const Parameters<C>& k, Kept<C>& h,
                                      Tile<C>& y, int begin, int end, After&& after) {
   using R = typename C::R;
   const Lane<C> lane;
@@ -84,7 +91,7 @@ __device__ __forceinline__ void walk(const Steps<C>& x, const Parameters<C>& k, 
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int row = x.row(i0 + j);
-      if (x.marked && x.marks.mark[row] & kStart) {
+      if (kMarked && x.marks.mark[row] & kStart) {
         load_start<C>(x.p, x.task, x.marks, row, x.first_state, h);
       }
       const auto delta = x.channels(x.delta, row, lane), u = x.channels(x.u, row, lane);
@@ -124,10 +131,10 @@ __device__ __forceinline__ void walk(const Steps<C>& x, const Parameters<C>& k, 
 // or of all states.
 template <class C>
 __device__ __forceinline__ void add_state_gradients(const Inputs& p, const Task& task,
-                                                    const Span& span, int row, bool marked,
-                                                    Marks& marks, int64_t first, Kept<C>& dh) {
+                                                    const Span& span, int row, Marks& marks,
+                                                    int first, Kept<C>& dh) {
   using R = typename C::R;
-  if (marked && p.dlast != nullptr && marks.mark[row] & kToSlot) {
+  if (p.dlast != nullptr && marks.mark[row] & kToSlot) {
     for_states<C>(static_cast<const R*>(p.dlast) + marks.slot[row] * p.dim * p.state, false, p,
                   task, first, [&](const R* from, int c, int s) { dh[c][s] += *from; });
   }

@@ -21,12 +21,15 @@ struct BwdShared {
   static constexpr int kShare = C::kRow * kShareRow + (C::kS == 1 ? 1 : 16);
   static_assert(kHeld * 2 * C::kL == 32 && kCheckpoint >= kHeld * 2 * C::kStates);
 
-  SharedArray<Tile<C>, kBwdTiles> tile;
-  SharedArray<StateTile<C>, 2> projection;
+  alignas(32) SharedArray<Tile<C>, kBwdTiles> tile;
+  alignas(32) SharedArray<StateTile<C>, 2> projection;
   Marks marks;
   // h before each piece. Once it has been walked back, its dB and dC: [step][which][state].
-  SharedArray<typename C::R, C::kWarps * kPieces * kCheckpoint> checkpoint;
-  SharedArray<typename C::R, C::kWarps * kHeld * 2 * kShare> share;
+  alignas(32) SharedArray<typename C::R, C::kWarps * kPieces * kCheckpoint> checkpoint;
+  alignas(32) SharedArray<typename C::R, C::kWarps * kHeld * 2 * kShare> share;
+  // Here rather than in registers, which h and a need.
+  Task task;
+  Span span;
 
   __device__ __forceinline__ int checkpoint_at(int warp, int piece) const {
     return (warp * kPieces + piece) * kCheckpoint;
@@ -56,30 +59,36 @@ __device__ __forceinline__ void sum_shares(BwdShared<C>& shared, const Lane<C>& 
   several<C::kS>(shared.checkpoint[at]) = sum;
 }
 
-template <class C>
-__device__ __forceinline__ void walk_piece_back(const Steps<C>& x, const Parameters<C>& k,
+template <class C, bool kMarked>
+__device__ __forceinline__ void walk_piece_back(const Steps<C, kMarked>& x, const Parameters<C>& k,
                                                 void* dinitial, BwdShared<C>& shared, int piece,
                                                 Gradients<C>& g) {
   using R = typename C::R;
   using S = BwdShared<C>;
   constexpr int kHeld = S::kHeld;
   const Lane<C> lane;
-  Kept<C> before, h[kHeld], a[kHeld];
-#pragma unroll
-  for (int i = 0; i < C::kKept; ++i) {
-    before[i / C::kS][i % C::kS] =
-        shared.checkpoint[shared.checkpoint_at(lane.warp, piece) + i * 32 + lane.lane];
-  }
+  Kept<C> h[kHeld], a[kHeld];
+  const int checkpoint = shared.checkpoint_at(lane.warp, piece) + lane.lane;
   // The state before step i of the piece.
   auto find_before = [&](int i, int row, Kept<C>& h_prev) {
 #pragma unroll
-    for (int c = 0; c < C::kC; ++c) {
-#pragma unroll
-      for (int s = 0; s < C::kS; ++s)
-        h_prev[c][s] = i == 0 ? before[c][s] : h[i == 0 ? 0 : i - 1][c][s];
+    for (int j = 0; j < C::kKept; ++j) {
+      h_prev[j / C::kS][j % C::kS] = i == 0 ? shared.checkpoint[checkpoint + j * 32]
+                                            : h[i == 0 ? 0 : i - 1][j / C::kS][j % C::kS];
     }
-    if (x.marked && x.marks.mark[row] & kStart) {
+    if (kMarked && x.marks.mark[row] & kStart) {
       load_start<C>(x.p, x.task, x.marks, row, x.first_state, h_prev);
+    }
+  };
+  // Adds to what the tiles hold of d delta (to be scaled by ln 2) and d (delta u).
+  auto add_to_tiles = [&](int row, const R* sums) {
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      auto& out = several<C::kC>(shared.tile[kDDelta + which][row * C::kPitch + lane.channel]);
+      auto v = out;
+#pragma unroll
+      for (int c = 0; c < C::kC; ++c) v.x[c] += sums[which * C::kC + c];
+      out = v;
     }
   };
 #pragma unroll
@@ -99,11 +108,13 @@ __device__ __forceinline__ void walk_piece_back(const Steps<C>& x, const Paramet
       }
     }
   }
-  R sums[kHeld * 2 * C::kC];  // over states, of d delta (to be scaled by ln 2) and d (delta u)
+  R sums[kHeld * 2 * C::kC];  // of each step: over this lane's states
 #pragma unroll
   for (int i = kHeld - 1; i >= 0; --i) {
     const int row = x.row(piece * kHeld + i);
-    add_state_gradients<C>(x.p, x.task, x.span, row, x.marked, x.marks, x.first_state, g.dh);
+    if constexpr (kMarked) {
+      add_state_gradients<C>(x.p, x.task, x.span, row, x.marks, x.first_state, g.dh);
+    }
     Kept<C> h_prev;
     find_before(i, row, h_prev);
     const auto delta = x.channels(x.delta, row, lane), u = x.channels(x.u, row, lane);
@@ -130,11 +141,12 @@ __device__ __forceinline__ void walk_piece_back(const Steps<C>& x, const Paramet
       sums[i * 2 * C::kC + c] = d_delta;
       sums[(i * 2 + 1) * C::kC + c] = d_delta_u;
     }
+    if constexpr (C::kL == 1) add_to_tiles(row, sums + i * 2 * C::kC);
     const int at = (lane.warp * kHeld + i) * 2 * S::kShare + lane.lane % C::kRow * S::kShareRow +
                    lane.q * C::kS;
     several<C::kS>(shared.share[at]) = dB;
     several<C::kS>(shared.share[at + S::kShare]) = dC;
-    if (x.marked && x.marks.mark[row] & kStart) {
+    if (kMarked && x.marks.mark[row] & kStart) {
       if (dinitial != nullptr && x.marks.mark[row] & kFromSlot) {
         store_states<C>(static_cast<R*>(dinitial) + x.marks.slot[row] * x.p.dim * x.p.state, false,
                         x.p, x.task, x.first_state, g.dh);
@@ -143,17 +155,11 @@ __device__ __forceinline__ void walk_piece_back(const Steps<C>& x, const Paramet
       for (int j = 0; j < C::kKept; ++j) g.dh[j / C::kS][j % C::kS] = 0;
     }
   }
-  sum_over_states<C>(sums, lane.q);
+  if constexpr (C::kL > 1) {
+    sum_over_states<C>(sums, lane.q);
 #pragma unroll
-  for (int j = 0; j < kHeld / C::kL; ++j) {
-    const int row = x.row(piece * kHeld + lane.q * (kHeld / C::kL) + j);
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      auto& out = several<C::kC>(shared.tile[kDDelta + which][row * C::kPitch + lane.channel]);
-      auto v = out;
-#pragma unroll
-      for (int c = 0; c < C::kC; ++c) v.x[c] += sums[(j * 2 + which) * C::kC + c];
-      out = v;
+    for (int j = 0; j < kHeld / C::kL; ++j) {
+      add_to_tiles(x.row(piece * kHeld + lane.q * (kHeld / C::kL) + j), sums + j * 2 * C::kC);
     }
   }
   __syncwarp();  // the shares are in place, and the checkpoint has been read
@@ -163,9 +169,10 @@ __device__ __forceinline__ void walk_piece_back(const Steps<C>& x, const Paramet
 
 // All of a tile for one block of states. `h` is the state before it. y is added to if there is a gate,
 // whose gradient needs it.
-template <class C>
-__device__ __forceinline__ void walk_back(const Steps<C>& x, const Parameters<C>& k, Kept<C>& h,
-                                          void* dinitial, BwdShared<C>& shared, Gradients<C>& g) {
+template <class C, bool kMarked>
+__device__ __forceinline__ void walk_back(const Steps<C, kMarked>& x, const Parameters<C>& k,
+                                          Kept<C>& h, void* dinitial, BwdShared<C>& shared,
+                                          Gradients<C>& g) {
   using S = BwdShared<C>;
   const Lane<C> lane;
   const bool gated = bool(x.p.over[kZ]);

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statescan.testing import TOLERANCE, assert_close
-from test_selective_scan import SEQ_IDX, channel_last, cu, ids, in_double, sample, theirs
+from test_selective_scan import channel_last, cu, ids, in_double, sample, theirs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 
@@ -284,3 +284,120 @@ def test_zero_step_leaves_the_state_bit_for_bit(place):
     options = {"return_last_state": True, "delta_softplus": False}
     _, last = place(statescan.selective_scan, **inputs, **options)
     assert torch.equal(last, inputs["initial_state"])
+
+
+def test_gradients_are_deterministic(place):
+    inputs = sample(batch=1, seqlen=270, dim=66, state=5)
+    _, first = place(on_cpu.run, on_cpu.ours, inputs)
+    _, second = place(on_cpu.run, on_cpu.ours, inputs)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_gradient_through_last_state_alone(place):
+    inputs = sample(D=False, z=False)
+
+    def last(**x):
+        return on_cpu.ours(**x, return_last_state=True)[1]
+
+    _, grads = place(on_cpu.run, last, inputs)
+    _, want = on_cpu.run(lambda **x: theirs(**x, return_last_state=True)[1], in_double(inputs))
+    for name, grad in grads.items():
+        if name == "C":
+            assert grad.abs().max() == 0
+        else:
+            assert_close("d" + name, grad, want[name])
+
+
+def test_extreme_values(place):
+    """Decays that underflow, step sizes of 0 and of many thousands, gates that are shut."""
+    inputs = sample(dim=8, seqlen=24)
+    with torch.no_grad():
+        for channel, step in enumerate((1e4, 90.0, 25.0, -100.0, -1e4)):
+            inputs["delta"][:, channel] = step
+        inputs["z"][:, 5], inputs["z"][:, 6] = -50.0, 1e4
+        y = place(on_cpu.ours, **inputs)
+        want = theirs(**in_double(inputs))
+    for channel in range(8):  # each on its own scale
+        assert_close(f"y[{channel}]", y[:, channel], want[:, channel])
+
+
+def test_nan_stays_where_it_is_seen(place):
+    inputs = {k: v.detach() for k, v in sample(batch=1, dim=8, seqlen=30, slots=(2,)).items()}
+    options = {"cu_seqlens": cu(20, 10), "return_last_state": True}
+    want, _ = place(on_cpu.ours, **inputs, **options)
+    inputs["u"] = inputs["u"].clone()
+    inputs["u"][0, 3, 10] = float("nan")
+    y, last = place(on_cpu.ours, **inputs, **options)
+    assert y[0, 3, 10:20].isnan().all() and last[0, 3].isnan().all()
+    y[0, 3, 10:20] = want[0, 3, 10:20]
+    assert torch.equal(y, want)
+    assert not last[1].isnan().any()
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_fuzz(data):
+    if not emulator.SUPPORTED:
+        pytest.skip("the emulator needs Linux on x86-64")
+    draw = data.draw
+    groups = draw(st.sampled_from([1, 2, 3]), "groups")
+    dim = groups * draw(st.integers(1, 12), "dim / groups")
+    delta_dim = draw(st.sampled_from([n for n in range(1, dim + 1) if dim % n == 0]), "delta_dim")
+    packed = draw(st.sampled_from([None, "cu_seqlens", "seq_idx"]), "packed")
+    batch = 1 if packed == "cu_seqlens" else draw(st.integers(1, 2), "batch")
+    seqlen = draw(st.integers(0, 50), "seqlen")
+    options = {"reverse": draw(st.booleans(), "reverse")}
+    flags = ("D", "z", "delta_bias", "initial_state", "constant_B", "constant_C")
+    flags = {k: draw(st.booleans(), k) for k in flags}
+    slots = None
+    if packed == "cu_seqlens":
+        cuts = draw(st.lists(st.integers(0, seqlen), max_size=4), "cuts")
+        options["cu_seqlens"] = torch.tensor([0, *sorted(cuts), seqlen], dtype=torch.int64)
+        slots = (len(cuts) + 1,)
+    elif packed == "seq_idx":
+        g = torch.Generator().manual_seed(draw(st.integers(0, 9), "ids"))
+        steps = torch.rand(batch, seqlen, generator=g) < draw(st.sampled_from([0.02, 0.3]))
+        options["seq_idx"] = steps.int().cumsum(1) % 4 - 1
+    inputs = sample(
+        batch, dim, seqlen, draw(st.integers(1, 18), "state"), groups, delta_dim, slots=slots,
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), "dtype"),
+        seed=draw(st.integers(0, 99), "seed"), **flags,
+    )  # fmt: skip
+    for name in ("u", "delta", "z"):
+        if inputs[name] is not None and draw(st.booleans(), f"channel-last {name}"):
+            inputs[name] = channel_last(inputs[name]).requires_grad_()
+    policy = draw(st.sampled_from(["forward", "reverse", "random"]), "policy")
+    check(emulator.emulated(policy, draw(st.integers(0, 9), "order")), inputs, **options, slack=30)
+
+
+# ---- errors: those of the CPU, but for the values of indices, which stay on the device
+
+
+def test_errors(place):
+    inputs = sample()
+    for name, x, message in (
+        ("B", inputs["B"][..., :7], r"B must have shape \(batch, group, state, seqlen\)"),
+        ("A", inputs["A"][:3], r"A must have shape \(dim, state\) = \[5, 4\], got \[3, 4\]"),
+        ("D", inputs["D"][:2], r"D must have shape \(dim\) = \[5\], got \[2\]"),
+        ("initial_state", inputs["initial_state"][:1], r"initial_state must have shape \(batch"),
+        ("delta", inputs["delta"][:, :2], "number of rows that divides dim = 5, got 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            place(on_cpu.ours, **inputs | {name: x.detach()})
+    one = sample(batch=1)
+    for options, message in (
+        ({"seq_idx": torch.zeros(1, 3).int()}, r"seq_idx must have shape \(batch, seqlen\)"),
+        ({"seq_idx": torch.zeros(1, 20)}, "seq_idx must be int32 or int64"),
+        ({"cu_seqlens": torch.zeros(1).int()}, "must start at 0 and end at seqlen = 20"),
+        ({"cu_seqlens": cu(5, 15)}, r"initial_state must have shape \(sequence, dim, state\)"),
+        ({"cu_seqlens": cu(20), "seq_idx": torch.zeros(1, 20).int()}, "give one of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            place(on_cpu.ours, **one, **options)
+
+
+def test_a_chunk_that_is_not_the_kernels(place, monkeypatch):
+    monkeypatch.setattr(statescan.ops.selective_scan, "chunk_size", lambda A: 128)
+    with pytest.raises(ValueError, match="chunk must be 16 on a GPU, got 128"):
+        place(on_cpu.ours, **sample())
