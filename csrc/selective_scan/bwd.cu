@@ -25,12 +25,6 @@ __device__ __forceinline__ void stage_projections(const Inputs& p, const Task& t
   }
 }
 
-// What a thread sums over time for its channel.
-template <class C>
-struct ColumnSums {
-  typename C::R bias, D, dD = 0, dbias = 0;
-};
-
 // Step sizes, dy before the gate, dz / y, D u in place; sums over states at zero.
 template <class C>
 __device__ __forceinline__ void prepare(const BwdParams& p, const Task& task, const Span& span,
@@ -113,25 +107,21 @@ __device__ __forceinline__ void write_projection_sums(const BwdParams& p, const 
 // The sums over time of a part.
 template <class C>
 __device__ __forceinline__ void write_column_sums(const BwdParams& p, const Task& task,
-                                                  const Column<C>& column,
-                                                  const ColumnSums<C>& sums, BwdShared<C>& shared) {
+                                                  const Column<C>& column, BwdShared<C>& shared) {
   using R = typename C::R;
-  __syncthreads();  // the last tile has been stored
-  shared.tile[kY][int(threadIdx.x)] = sums.dD;
-  shared.tile[kZ][int(threadIdx.x)] = sums.dbias;
-  __syncthreads();  // all sums are in place
-  const bool there = threadIdx.x < C::kChannels && column.c < task.channels;
-  const int64_t at = (task.part * p.batch + task.b) * p.dim + task.channel + column.c;
-  __syncthreads();  // nobody needs the task any more
-  if (!there) return;
-  R dD = 0, dbias = 0;
+  __syncthreads();  // every thread's sums are complete
+  if (threadIdx.x < C::kChannels && column.c < task.channels) {
+    R dD = 0, dbias = 0;
 #pragma unroll
-  for (int i = 0; i < Column<C>::kStride; ++i) {
-    dD += shared.tile[kY][i * C::kChannels + column.c];
-    dbias += shared.tile[kZ][i * C::kChannels + column.c];
+    for (int i = 0; i < Column<C>::kStride; ++i) {
+      dD += shared.sums[i * C::kChannels + column.c].dD;
+      dbias += shared.sums[i * C::kChannels + column.c].dbias;
+    }
+    const int64_t at = (task.part * p.batch + task.b) * p.dim + task.channel + column.c;
+    static_cast<R*>(p.dD)[at] = dD;
+    static_cast<R*>(p.dbias)[at] = dbias;
   }
-  static_cast<R*>(p.dD)[at] = dD;
-  static_cast<R*>(p.dbias)[at] = dbias;
+  __syncthreads();  // the sums have been read, and nobody needs the task any more
 }
 
 // A block of states of one part: before its last tile and after its first.
@@ -189,8 +179,9 @@ __global__ __launch_bounds__(C::kThreads, C::kBwdBlocks) void bwd_kernel(const B
     if (threadIdx.x == 0) shared.task = task_at<C>(p, i);
     __syncthreads();  // the task is known
     const Task& task = shared.task;
-    ColumnSums<C> sums{column.template parameter<R>(p.delta_bias, task, p.delta_repeat),
-                       column.template parameter<R>(p.D, task)};
+    ColumnSums<C>& sums = shared.sums[int(threadIdx.x)];
+    sums = {column.template parameter<R>(p.delta_bias, task, p.delta_repeat),
+            column.template parameter<R>(p.D, task)};
     Parameters<C> k;
     Gradients<C> g;
     if (state_blocks == 1) {
@@ -259,7 +250,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBwdBlocks) void bwd_kernel(const B
         store_tile<C>(p.dz, task, span, [&](int, int at) { return shared.tile[kZ][at]; });
       }
     }
-    write_column_sums<C>(p, task, column, sums, shared);
+    write_column_sums<C>(p, task, column, shared);
   }
 }
 

@@ -10,6 +10,12 @@ namespace statescan::selective_scan::cuda {
 // Tiles besides those of Over (z becomes dz / y).
 enum { kDDelta = 4, kDDeltaU, kY, kBwdTiles };
 
+// What a thread sums over time for its channel.
+template <class C>
+struct ColumnSums {
+  typename C::R bias, D, dD = 0, dbias = 0;
+};
+
 template <class C>
 struct BwdShared {
   // As many steps as make one number of dB or dC for each lane and state of it to sum up.
@@ -28,6 +34,7 @@ struct BwdShared {
   alignas(32) SharedArray<typename C::R, C::kWarps * kPieces * kCheckpoint> checkpoint;
   alignas(32) SharedArray<typename C::R, C::kWarps * kHeld * 2 * kShare> share;
   // Here rather than in registers, which h and a need.
+  SharedArray<ColumnSums<C>, C::kThreads> sums;
   Task task;
   Span span;
 
