@@ -2,7 +2,7 @@
 // between parts and the backward share.
 #pragma once
 
-#include "selective_scan/tile.cuh"
+#include "selective_scan/staging.cuh"
 
 namespace statescan::selective_scan::cuda {
 
