@@ -110,8 +110,8 @@ def selective_scan(
 def chunk_size(A: Tensor) -> int:
     """Steps between two saved states. Longer chunks read memory in longer runs and save fewer
     states; the backward's working set, h and exp(ΔA) of 16 states of one chunk, has to stay in the
-    second-level cache. Measured on two cores: 128 and 512 are within 5 % of the best. On a GPU it is
-    a tile of the CUDA kernels (kSteps), whose states are in registers and shared memory."""
+    second-level cache. Measured on two cores: 128 and 512 are within 5 % of the best. On a GPU it
+    is a tile of the CUDA kernels (kSteps), whose states are in registers and shared memory."""
     if A.is_cuda:
         return 16
     return 128 if A.dim() == 2 and A.shape[1] >= 8 else 512
