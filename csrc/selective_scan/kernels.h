@@ -7,23 +7,16 @@
 #include "common/isa.h"
 #include "common/segments.h"
 #include "common/view.h"
+#include "selective_scan/shape.h"
 
 namespace statescan::selective_scan {
 
 // A task of a kernel is a row (or a group of rows) times some channels of one group, which share
 // that group's B and C. Tasks follow from the shape alone, never from the number of threads or
 // the instruction set, and so do the order of every sum and with it every bit of the result.
-struct Problem {
-  int64_t batch, dim, seqlen, state, groups;
-  int64_t delta_repeat;  // neighbouring channels that share a row of delta
-  int64_t chunk;         // steps between two saved states
-  bool delta_softplus, reverse;
-  bool constant_B, constant_C;  // (dim, state), the same at all times
-  DType compute;                // kFloat32 or kFloat64
+struct Problem : Shape {
   const Segments* segments;
 
-  STATESCAN_HOST_DEVICE int64_t chunks() const { return (seqlen + chunk - 1) / chunk; }
-  STATESCAN_HOST_DEVICE int64_t group_dim() const { return dim / groups; }
   // 64 channels amortize the conversion of B and C; at most 16 tasks a group bound the partial sums.
   STATESCAN_HOST_DEVICE int64_t task_channels() const {
     return group_dim() <= 1024 ? 64 : (group_dim() + 1023) / 1024 * 64;

@@ -1,0 +1,257 @@
+// How the selective scan's blocks, warps and lanes share out channels and states.
+//
+//   block: channels of one group of B and C, one part of a sequence, tile after tile of kSteps steps
+//   warp:  kWarpChannels of them             lane = q kRow + r:  channels kC r .. of its warp,
+//                                                                states kS q .. of a block of states
+#pragma once
+
+#include "common/device_view.cuh"
+#include "common/scalar.cuh"
+#include "common/shared.cuh"
+#include "selective_scan/cuda.h"
+
+#include "selective_scan/equations.h"
+
+namespace statescan::selective_scan::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+inline constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// What a token is, in the order of the scan.
+enum Mark : int {
+  kPadding = 1,
+  kStart = 2,     // the state starts anew
+  kFromSlot = 4,  // ... from an initial state
+  kToSlot = 8,    // the state after it is a last state
+};
+
+template <class R_, int kChannelsOfLane, int kStatesOfLane, int kLanes, bool kAny_>
+struct Config {
+  using R = R_;
+  static constexpr int kC = kChannelsOfLane, kS = kStatesOfLane, kL = kLanes;
+  static constexpr bool kAny = kAny_;  // constant B or C, all states
+  // On an SM, for launch bounds: as many as do without spilling.
+  static constexpr int kBlocks = kS == 1 ? 5 : sizeof(R) == 8 ? 2 : 4;
+  static constexpr int kPartBlocks = kS == 1 ? 5 : sizeof(R) == 8 ? 3 : 4;
+  static constexpr int kBwdBlocks = sizeof(R) == 8 ? 2 : 3;
+  static constexpr int kRow = 32 / kL, kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kWarpChannels = kRow * kC, kChannels = kWarps * kWarpChannels;
+  static constexpr int kStates = kS * kL;  // walked at a time
+  static constexpr int kKept = kC * kS;    // of a lane
+  // Two more than the channels: 8 lanes that store 8 steps each along time meet in pairs only. Not for
+  // double, whose backward just fits the 99 KiB of the smaller GPUs.
+  static constexpr int kPitch = kChannels + (sizeof(R) == 4 ? 2 : 0);
+  // Steps along time are read as rows of 4 states, without conflicts.
+  static constexpr int kStatePitch = kS == 1 ? 1 : kStates + 4;
+  static_assert(kSteps % kL == 0 && kThreads % kChannels == 0);
+};
+using Narrow = Config<float, 1, 1, 1, false>;
+using Wide = Config<float, 2, 4, 4, false>;
+using AnyFloat = Config<float, 1, 4, 4, true>;
+using AnyDouble = Config<double, 1, 4, 4, true>;
+
+template <class F>
+inline void with_layout(Layout layout, DType compute, F&& f) {
+  if (layout == Layout::kNarrow) return f(Narrow{});
+  if (layout == Layout::kWide) return f(Wide{});
+  if (compute == DType::kFloat32) return f(AnyFloat{});
+  f(AnyDouble{});
+}
+
+template <class C>
+using Tile = SharedArray<typename C::R, kSteps * C::kPitch>;
+template <class C>
+using StateTile = SharedArray<typename C::R, kSteps * C::kStatePitch>;
+
+// kCount neighbours in shared memory, moved at once.
+template <class R, int kCount>
+struct alignas(sizeof(R) * kCount) Several {
+  R x[kCount];
+};
+template <int kCount, class R>
+__device__ __forceinline__ Several<R, kCount>& several(R& first) {
+  return reinterpret_cast<Several<R, kCount>&>(first);
+}
+
+// One block's share of a launch.
+struct Task {
+  int64_t part, b, group, block;  // block: of the group's channels
+  int64_t channel;                // the first
+  int channels;
+  int64_t first, end;  // tiles, in the order of the scan
+};
+
+// `skipped`: parts that take no part.
+template <class C>
+__device__ __forceinline__ Task task_at(const Inputs& p, int64_t i, int64_t skipped = 0) {
+  const int64_t blocks = (p.group_dim() + C::kChannels - 1) / C::kChannels;
+  Task t;
+  t.block = i % blocks, i /= blocks;
+  t.group = i % p.groups, i /= p.groups;
+  t.b = i % p.batch, t.part = i / p.batch + skipped;
+  t.channel = t.group * p.group_dim() + t.block * C::kChannels;
+  const int64_t left = p.group_dim() - t.block * C::kChannels;
+  t.channels = left < C::kChannels ? int(left) : C::kChannels;
+  t.first = p.tiles() * t.part / p.parts, t.end = p.tiles() * (t.part + 1) / p.parts;
+  return t;
+}
+
+// A tile's first step in time, and how many there are of it.
+struct Span {
+  int64_t tile, begin;
+  int steps;
+};
+
+// The i-th tile in the order of the scan.
+__device__ __forceinline__ Span span_at(const Shape& p, int64_t tiles, int64_t i) {
+  const int64_t tile = p.reverse ? tiles - 1 - i : i, begin = tile * kSteps;
+  const int64_t left = p.seqlen - begin;
+  return {tile, begin, left < kSteps ? int(left) : kSteps};
+}
+
+template <class C>
+struct Lane {
+  int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  int q = lane / C::kRow;                                          // which states
+  int channel = warp * C::kWarpChannels + lane % C::kRow * C::kC;  // the first, in the block
+};
+
+// What a lane keeps of a table (dim, state), or (channel, state) of B and C that are constant.
+template <class C>
+__device__ __forceinline__ void load_table(const View<2>& x, const Shape& p, const Task& task,
+                                           int first, typename C::R scale,
+                                           typename C::R (&table)[C::kC][C::kS]) {
+  using R = typename C::R;
+  const Lane<C> lane;
+  with_device_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+#pragma unroll
+    for (int c = 0; c < C::kC; ++c) {
+#pragma unroll
+      for (int s = 0; s < C::kS; ++s) {
+        const int64_t n = first + lane.q * C::kS + s;
+        const bool there = lane.channel + c < task.channels && n < p.state;
+        table[c][s] = there ? scale * R(to_number(static_cast<const T*>(
+                                          x.data)[(task.channel + lane.channel + c) * x.stride[0] +
+                                                  n * x.stride[1]]))
+                            : R(0);
+      }
+    }
+  });
+}
+
+// Where a lane's states lie in a contiguous tensor: f(pointer to the number, c, s) for those that
+// there are. Rows are (dim, state) or with `by_state` (state, dim).
+template <class C, class T, class F>
+__device__ __forceinline__ void for_states(T* row, bool by_state, const Shape& p, const Task& task,
+                                           int first, F&& f) {
+  const Lane<C> lane;
+#pragma unroll
+  for (int c = 0; c < C::kC; ++c) {
+    const int64_t d = task.channel + lane.channel + c;
+#pragma unroll
+    for (int s = 0; s < C::kS; ++s) {
+      const int64_t n = first + lane.q * C::kS + s;
+      if (lane.channel + c < task.channels && n < p.state) {
+        f(row + (by_state ? n * p.dim + d : d * p.state + n), c, s);
+      }
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void load_states(const typename C::R* row, bool by_state, const Shape& p,
+                                            const Task& task, int first,
+                                            typename C::R (&h)[C::kC][C::kS]) {
+#pragma unroll
+  for (int c = 0; c < C::kC; ++c) {
+#pragma unroll
+    for (int s = 0; s < C::kS; ++s) h[c][s] = 0;
+  }
+  if (row == nullptr) return;
+  for_states<C>(row, by_state, p, task, first,
+                [&](const typename C::R* from, int c, int s) { h[c][s] = *from; });
+}
+
+template <class C>
+__device__ __forceinline__ void store_states(typename C::R* row, bool by_state, const Shape& p,
+                                             const Task& task, int first,
+                                             const typename C::R (&h)[C::kC][C::kS]) {
+  for_states<C>(row, by_state, p, task, first,
+                [&](typename C::R* to, int c, int s) { *to = h[c][s]; });
+}
+
+// The slot of a token whose mark says that there is one.
+__device__ __forceinline__ int64_t slot_of(const Inputs& p, int64_t b, int64_t t) {
+  if (p.sequences.offsets) return run_at(p.sequences, b, t, 0, false).slot;
+  return p.slots_per_row > 0 ? b * p.slots_per_row + p.sequences.ids.at(b, t) : b;
+}
+
+// Of a tile, for all threads.
+struct Marks {
+  SharedArray<int, kSteps> mark;
+  SharedArray<int64_t, kSteps> slot;  // where a mark says that there is one
+};
+
+// The state that a start starts from.
+template <class C>
+__device__ __forceinline__ void load_start(const Inputs& p, const Task& task, Marks& marks, int row,
+                                           int first, typename C::R (&h)[C::kC][C::kS]) {
+  const bool from_slot = p.initial != nullptr && marks.mark[row] & kFromSlot;
+  load_states<C>(
+      from_slot ? static_cast<const typename C::R*>(p.initial) + marks.slot[row] * p.dim * p.state
+                : nullptr,
+      false, p, task, first, h);
+}
+
+// Sums over the lanes that share channels: lane q gets those of v[q kCount / kL] and on, in front.
+template <class C, int kCount, int kLanes = C::kL / 2>
+__device__ __forceinline__ void sum_over_states(typename C::R (&v)[kCount], int q) {
+  static_assert(kCount % C::kL == 0);
+  if constexpr (kLanes > 0) {
+    constexpr int kHalf = kCount / C::kL * kLanes;
+    const bool high = q & kLanes;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const auto send = high ? v[i] : v[i + kHalf], keep = high ? v[i + kHalf] : v[i];
+      v[i] = keep + __shfl_xor_sync(kAllLanes, send, kLanes * C::kRow);
+    }
+    sum_over_states<C, kCount, kLanes / 2>(v, q);
+  }
+}
+
+// A thread's share of the work on single elements of a tile: one channel, every kStride-th step.
+template <class C>
+struct Column {
+  static constexpr int kStride = C::kThreads / C::kChannels;
+  int c = int(threadIdx.x) % C::kChannels, t0 = int(threadIdx.x) / C::kChannels;
+
+  template <class R>
+  __device__ __forceinline__ R parameter(const View<1>& x, const Task& task,
+                                         int64_t repeat = 1) const {
+    if (!x || c >= task.channels) return R(0);
+    return load_element<R>(x.data, x.dtype, (task.channel + c) / repeat * x.stride[0]);
+  }
+};
+
+template <class R>
+__device__ __forceinline__ R step_size(R delta, R bias, bool apply_softplus) {
+  return apply_softplus ? softplus(delta + bias) : delta + bias;
+}
+
+// Finds the marks of a tile; afterwards everything staged before is in place. True if a sequence
+// starts or ends in it.
+__device__ __forceinline__ bool sync_with_marks(const Inputs& p, const Task& task, const Span& span,
+                                                Marks& marks) {
+  int mark = 0;
+  if (threadIdx.x < kSteps) {
+    const int row = int(threadIdx.x);
+    const int64_t t = span.begin + row;
+    if (p.marks != nullptr && row < span.steps) mark = p.marks[task.b * p.seqlen + t];
+    marks.mark[row] = mark;
+    marks.slot[row] = mark & (kFromSlot | kToSlot) ? slot_of(p, task.b, t) : 0;
+  }
+  return __syncthreads_or(mark & (kStart | kToSlot)) != 0;  // operands and marks are in place
+}
+
+}  // namespace statescan::selective_scan::cuda
