@@ -223,9 +223,9 @@ BwdResult selective_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dla
   const bool grouped = p.delta_repeat != 1;
   Tensor ddelta = grouped ? empty(u, {p.batch, p.dim, p.seqlen}, compute) : like(delta);
   Tensor dbias = grouped && delta_bias ? empty(u, {p.dim}, compute) : like(delta_bias);
-  p.du = view<3>("du", du);
-  p.ddelta = view<3>("ddelta", ddelta);
-  if (z) p.dz = view<3>("dz", dz);
+  p.gradient[1] = view<3>("du", du);
+  p.gradient[0] = view<3>("ddelta", ddelta);
+  if (z) p.gradient[2] = view<3>("dz", dz);
   OptionalTensor dh0, dinitial;
   if (initial_state) {
     dh0 = empty(u, call.state_sizes, initial_state->scalar_type());

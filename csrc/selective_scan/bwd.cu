@@ -244,10 +244,10 @@ __global__ __launch_bounds__(C::kThreads, C::kBwdBlocks) void bwd_kernel(const B
       }
       combine<C>(p, task, span, column, sums, shared);
       __syncthreads();  // the gradients are in place
-      store_tile<C>(p.du, task, span, [&](int, int at) { return shared.tile[kDDeltaU][at]; });
-      store_tile<C>(p.ddelta, task, span, [&](int, int at) { return shared.tile[kDDelta][at]; });
-      if (p.over[kZ]) {
-        store_tile<C>(p.dz, task, span, [&](int, int at) { return shared.tile[kZ][at]; });
+#pragma unroll 1
+      for (int x = 0; x < (p.over[kZ] ? 3 : 2); ++x) {
+        Tile<C>& from = shared.tile[x == 2 ? int(kZ) : kDDelta + x];
+        store_tile<C>(p.gradient[x], task, span, [&](int, int at) { return from[at]; });
       }
     }
     write_column_sums<C>(p, task, column, shared);

@@ -58,8 +58,8 @@ struct FwdParams : Inputs {
 struct BwdParams : Inputs {
   const void* chunk_states;
 
-  View<3> du, ddelta, dz;  // (batch, dim, seqlen); ddelta not yet summed over delta_repeat
-  void* dinitial;          // (slot, dim, state) in the compute type, or null
+  View<3> gradient[3];  // ddelta (not yet summed over delta_repeat), du, dz: (batch, dim, seqlen)
+  void* dinitial;       // (slot, dim, state) in the compute type, or null
   // Sums of a part of the work each, in the compute type, to be added up in order.
   void* sums[2];  // of B and C: (block of channels, batch, group, seqlen, state); constant: like dA
   void* dA;       // (part, batch, dim, state)
