@@ -81,6 +81,7 @@ def short(names):
         return names
     text = subprocess.run(["c++filt", *names], capture_output=True, text=True).stdout
     lines = [re.sub(r"\(anonymous namespace\)", "", line) for line in text.splitlines()]
+    lines = [re.sub(r"\([\w:]+\)(?=\d)", "", line) for line in lines]  # the type of an enumerator
     lines = [re.sub(r"\(.*", "", line) for line in lines]
     return [re.sub(r"(\w*::)+|^void ", "", line).replace("void ", "") for line in lines]
 

@@ -12,6 +12,9 @@ namespace {
 constexpr int kThreads = 256;      // of a block of several teams
 constexpr int kMostThreads = 512;  // of a block that is one team
 
+// A pack a thread is for groups that one warp holds: such blocks are of several teams.
+constexpr int block_bound(int packs) { return packs == 1 ? kThreads : kMostThreads; }
+
 // ---- rows in registers
 
 // y of one pack, from v - mean.
@@ -30,7 +33,7 @@ __device__ __forceinline__ void finish_pack(const FwdParams& p, int64_t channel,
 
 // Team: a group of a row. Grid-stride over (row, group); shared memory: a sum of each warp.
 template <Gate kGate, int kPacks>
-__global__ __launch_bounds__(kMostThreads) void team_kernel(const FwdParams p, Leads leads,
+__global__ __launch_bounds__(block_bound(kPacks)) void team_kernel(const FwdParams p, Leads leads,
                                                             Divisor groups, int team,
                                                             int64_t items) {
   WarpSums<float>& shared = block_shared<WarpSums<float>>();
