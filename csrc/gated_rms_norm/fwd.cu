@@ -34,8 +34,8 @@ __device__ __forceinline__ void finish_pack(const FwdParams& p, int64_t channel,
 // Team: a group of a row. Grid-stride over (row, group); shared memory: a sum of each warp.
 template <Gate kGate, int kPacks>
 __global__ __launch_bounds__(block_bound(kPacks)) void team_kernel(const FwdParams p, Leads leads,
-                                                            Divisor groups, int team,
-                                                            int64_t items) {
+                                                                   Divisor groups, int team,
+                                                                   int64_t items) {
   WarpSums<float>& shared = block_shared<WarpSums<float>>();
   const int teams = int(blockDim.x) / team, own = int(threadIdx.x) / team;
   const Member m{int(threadIdx.x) - own * team, team, int(p.group_size / kPack)};
