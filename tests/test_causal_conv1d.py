@@ -1,11 +1,22 @@
 """causal_conv1d against the naive reference in float64: outputs and every gradient, by name."""
 
+from functools import partial
 from itertools import pairwise
 
+import contract
 import pytest
 import statescan
 import torch
 import torch.nn.functional as F
+from contract import (
+    assert_autocast_changes_nothing,
+    assert_compiles,
+    assert_inputs_are_not_mutated,
+    assert_second_differentiation_raises,
+    assert_threads_agree,
+    in_double,
+    run_flat,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from statescan import reference
@@ -49,26 +60,7 @@ def sample(
     return {k: v.requires_grad_() if v is not None else None for k, v in x.items()}
 
 
-def run(conv, inputs, seed=1, **options):
-    """Outputs, and the gradients of a random functional of all of them."""
-    leaves = {k: v for k, v in inputs.items() if v is not None}
-    outputs = conv(**inputs, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    g = torch.Generator().manual_seed(seed)
-    weights = []
-    for y in outputs:
-        w = torch.randn(y.shape, generator=g).bfloat16()  # exact in every dtype
-        weights.append(torch.empty_like(y, dtype=torch.float64).copy_(w))  # in y's memory order
-    loss = sum((y * w.to(y.dtype)).sum() for y, w in zip(outputs, weights, strict=True))
-    grads = torch.autograd.grad(loss, leaves.values(), materialize_grads=True)
-    return outputs, dict(zip(leaves, grads, strict=True))
-
-
-def in_double(inputs):
-    return {
-        k: v.detach().double().requires_grad_() if v is not None else None
-        for k, v in inputs.items()
-    }
+run = partial(contract.run, in_memory_order=True)
 
 
 def check(inputs, **options):
@@ -530,18 +522,8 @@ def test_opcheck():
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile_fullgraph(dynamic):
-    inputs = sample(seqlen=40, dim=18, layout=channel_last)
-
-    def conv(**x):
-        y, final = statescan.causal_conv1d(**x, activation="silu", return_final_state=True)
-        return y * 2, final
-
-    compiled = torch.compile(conv, fullgraph=True, dynamic=dynamic)
-    got, grads = run(compiled, inputs)
-    want, want_grads = run(conv, inputs)
-    assert torch.equal(got[0], want[0])
-    for name in grads:
-        assert_close("d" + name, grads[name], want_grads[name])
+    conv = partial(statescan.causal_conv1d, activation="silu", return_final_state=True)
+    assert_compiles(conv, sample(seqlen=40, dim=18, layout=channel_last), dynamic)
 
 
 def test_export():
@@ -568,12 +550,7 @@ def test_meta_tensors():
 
 
 def test_autocast_changes_nothing():
-    inputs = sample(dim=18)
-    want = statescan.causal_conv1d(**inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = statescan.causal_conv1d(**inputs)
-    assert got.dtype == torch.float32
-    assert torch.equal(got, want)
+    assert_autocast_changes_nothing(statescan.causal_conv1d, sample(dim=18))
 
 
 def test_vmap_says_what_to_do():
@@ -589,17 +566,12 @@ def test_vmap_says_what_to_do():
 def test_second_differentiation_raises():
     inputs = sample(dtype=torch.float64)
     y = statescan.causal_conv1d(**inputs)
-    (grad,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
-        torch.autograd.grad(grad.sum(), inputs["weight"])
+    assert_second_differentiation_raises(y, inputs["x"], inputs["weight"])
 
 
 def test_inputs_are_not_mutated():
-    inputs = sample(dim=18)
-    before = {k: v.detach().clone() for k, v in inputs.items()}
-    run(statescan.causal_conv1d, inputs, return_final_state=True, activation="silu")
-    for name, x in inputs.items():
-        assert torch.equal(x, before[name]), name
+    conv = partial(statescan.causal_conv1d, return_final_state=True, activation="silu")
+    assert_inputs_are_not_mutated(conv, sample(dim=18))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -607,21 +579,13 @@ def test_same_bits_on_one_and_two_threads(layout):
     inputs = sample(batch=3, dim=150, seqlen=700, layout=layout)
     state = torch.randn(40, 300, 4, generator=torch.Generator().manual_seed(0))
     token, weight = state[..., 0].clone(), state[0].clone()
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 2):
-            torch.set_num_threads(n)
-            outputs, grads = run(
-                statescan.causal_conv1d, inputs, return_final_state=True, activation="silu"
-            )
-            step = statescan.causal_conv1d_update(token, state.clone(), weight)
-            results.append((*outputs, *grads.values(), step))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
-            assert torch.equal(a, b), i
+    conv = partial(statescan.causal_conv1d, return_final_state=True, activation="silu")
+    assert_threads_agree(
+        lambda: (
+            *run_flat(conv, inputs, in_memory_order=True),
+            statescan.causal_conv1d_update(token, state.clone(), weight),
+        )
+    )
 
 
 # ---- Errors

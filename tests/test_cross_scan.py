@@ -5,6 +5,7 @@ import itertools
 import pytest
 import statescan
 import torch
+from contract import assert_threads_agree
 from hypothesis import given
 from hypothesis import strategies as st
 from statescan import reference, routes
@@ -353,17 +354,12 @@ def test_same_bits_on_one_and_two_threads(channel_last, out_channel_last):
     options = {"channel_last": channel_last, "out_channel_last": out_channel_last}
     x = image(33, 40, 70, channel_last=channel_last)
     y = sequences(33, 40, dim=70, channel_last=channel_last)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 2):
-            torch.set_num_threads(n)
-            scanned = statescan.cross_scan(x, **options)
-            results.append((scanned, statescan.cross_merge(y, 33, 40, **options)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_threads_agree(
+        lambda: (
+            statescan.cross_scan(x, **options),
+            statescan.cross_merge(y, 33, 40, **options),
+        )
+    )
 
 
 def test_inputs_are_not_mutated():

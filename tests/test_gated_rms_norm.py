@@ -1,9 +1,21 @@
 """gated_rms_norm against the naive reference in float64: outputs and every gradient, by name."""
 
+from functools import partial
+
+import contract
 import pytest
 import statescan
 import torch
 import torch.nn.functional as F
+from contract import (
+    assert_autocast_changes_nothing,
+    assert_compiles,
+    assert_inputs_are_not_mutated,
+    assert_second_differentiation_raises,
+    assert_threads_agree,
+    in_double,
+    run_flat,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statescan import reference
@@ -52,26 +64,7 @@ def sample(
     return {k: v.requires_grad_() if v is not None else None for k, v in x.items()}
 
 
-def run(norm, inputs, seed=1, **options):
-    """Outputs, and the gradients of a random functional of all of them."""
-    leaves = {k: v for k, v in inputs.items() if v is not None}
-    outputs = norm(**inputs, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    g = torch.Generator().manual_seed(seed)
-    weights = []
-    for y in outputs:
-        w = torch.randn(y.shape, generator=g, dtype=torch.float64)
-        weights.append(torch.empty_like(y, dtype=torch.float64).copy_(w))  # in y's memory order
-    loss = sum((y * w.to(y.dtype)).sum() for y, w in zip(outputs, weights, strict=True))
-    grads = torch.autograd.grad(loss, leaves.values(), materialize_grads=True)
-    return outputs, dict(zip(leaves, grads, strict=True))
-
-
-def in_double(inputs):
-    return {
-        k: v.detach().double().requires_grad_() if v is not None else None
-        for k, v in inputs.items()
-    }
+run = partial(contract.run, in_memory_order=True)
 
 
 def check(inputs, gate="before", slack=1, **options):
@@ -438,17 +431,8 @@ def test_opcheck():
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile_fullgraph(dynamic):
-    inputs = sample((3, 7, 40), residual=True)
-
-    def norm(**x):
-        y, residual = statescan.gated_rms_norm(**x, return_residual=True)
-        return y * 2, residual
-
-    got, grads = run(torch.compile(norm, fullgraph=True, dynamic=dynamic), inputs)
-    want, want_grads = run(norm, inputs)
-    assert torch.equal(got[0], want[0])
-    for name in grads:
-        assert_close("d" + name, grads[name], want_grads[name])
+    norm = partial(statescan.gated_rms_norm, return_residual=True)
+    assert_compiles(norm, sample((3, 7, 40), residual=True), dynamic)
 
 
 def test_export():
@@ -473,12 +457,7 @@ def test_meta_tensors():
 
 
 def test_autocast_changes_nothing():
-    inputs = sample()
-    want = statescan.gated_rms_norm(**inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = statescan.gated_rms_norm(**inputs)
-    assert got.dtype == torch.float32
-    assert torch.equal(got, want)
+    assert_autocast_changes_nothing(statescan.gated_rms_norm, sample())
 
 
 def test_vmap_says_what_to_do():
@@ -489,35 +468,20 @@ def test_vmap_says_what_to_do():
 def test_second_differentiation_raises():
     inputs = sample(dtype=torch.float64)
     y = statescan.gated_rms_norm(**inputs)
-    (grad,) = torch.autograd.grad(y.sum(), inputs["x"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
-        torch.autograd.grad(grad.sum(), inputs["weight"])
+    assert_second_differentiation_raises(y, inputs["x"], inputs["weight"])
 
 
 def test_inputs_are_not_mutated():
-    inputs = sample(residual=True)
-    before = {k: v.detach().clone() for k, v in inputs.items()}
-    run(statescan.gated_rms_norm, inputs, return_residual=True)
-    for name, x in inputs.items():
-        assert torch.equal(x, before[name]), name
+    norm = partial(statescan.gated_rms_norm, return_residual=True)
+    assert_inputs_are_not_mutated(norm, sample(residual=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_same_bits_on_one_and_two_threads(residual, layout):
     inputs = sample((3, 200, 300), residual=residual, layout=layout)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 2):
-            torch.set_num_threads(n)
-            outputs, grads = run(statescan.gated_rms_norm, inputs, return_residual=residual)
-            results.append((*outputs, *grads.values()))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
-            assert torch.equal(a, b), i
+    norm = partial(statescan.gated_rms_norm, return_residual=residual)
+    assert_threads_agree(lambda: run_flat(norm, inputs, in_memory_order=True))
 
 
 # ---- Errors

@@ -1,9 +1,13 @@
 """mamba2_mixer against the composition of the references in float64, and against its own parts."""
 
+from functools import partial
+
+import contract
 import pytest
 import statescan
 import torch
 import torch.nn.functional as F
+from contract import assert_threads_agree, run_flat
 from statescan import reference
 from statescan.testing import assert_close
 
@@ -41,13 +45,7 @@ def sample(
 
 
 def run(mixer, inputs, **options):
-    """Outputs, and the gradients of a random functional of all of them."""
-    outputs = mixer(**inputs, **SIZES, **options, return_final_states=True)
-    g = torch.Generator().manual_seed(1)
-    weights = [torch.randn(y.shape, generator=g, dtype=torch.float64) for y in outputs]
-    loss = sum((y * w.to(y.dtype)).sum() for y, w in zip(outputs, weights, strict=True))
-    grads = torch.autograd.grad(loss, list(inputs.values()), materialize_grads=True)
-    return outputs, dict(zip(inputs, grads, strict=True))
+    return contract.run(mixer, inputs, **SIZES, **options, return_final_states=True)
 
 
 def check(inputs, slack=1, **options):
@@ -303,16 +301,8 @@ def test_autocast():
 
 def test_same_bits_on_one_and_two_threads():
     inputs = sample(2, 200, dtype=torch.float32, proj=False)  # the projection is torch's
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            outputs, grads = run(statescan.mamba2_mixer, inputs)
-            results.append((*outputs, *grads.values()))
-    finally:
-        torch.set_num_threads(threads)
-    for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+    mixer = partial(statescan.mamba2_mixer, **SIZES, return_final_states=True)
+    assert_threads_agree(lambda: run_flat(mixer, inputs))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """decay_mask and materialize_mixer against double loops, and against the scan that they unroll."""
 
+import contract
 import pytest
 import statescan
 import torch
@@ -145,11 +146,8 @@ VARIANTS = {
 
 
 def run(mixer, inputs, options):
-    T = mixer(**inputs, **options)
-    g = torch.Generator().manual_seed(1)
-    weights = torch.randn(T.shape, generator=g, dtype=torch.float64).to(T.dtype)
-    grads = torch.autograd.grad(T, list(inputs.values()), weights, materialize_grads=True)
-    return T, dict(zip(inputs, grads, strict=True))
+    (T,), grads = contract.run(mixer, inputs, **options)
+    return T, grads
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import statescan
 import torch
+from contract import assert_threads_agree
 from hypothesis import given
 from hypothesis import strategies as st
 from statescan import Routes, reference, routes
@@ -368,17 +369,12 @@ def test_same_bits_on_one_and_two_threads(channel_last, out_channel_last):
     r = table(4, 900, 700)
     x = randn(*((3, 700, 70) if channel_last else (3, 70, 700)))
     y = randn(*((3, 900, 4, 70) if channel_last else (3, 4, 70, 900)))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 2):
-            torch.set_num_threads(n)
-            gathered = statescan.route_gather(x, r, **options)
-            results.append((gathered, statescan.route_scatter(y, r, 700, **options)))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_threads_agree(
+        lambda: (
+            statescan.route_gather(x, r, **options),
+            statescan.route_scatter(y, r, 700, **options),
+        )
+    )
 
 
 def test_inputs_are_not_mutated():

@@ -1,8 +1,21 @@
 """selective_scan against the naive reference in float64: outputs and every gradient, by name."""
 
+from functools import partial
+
 import pytest
 import statescan
 import torch
+from contract import (
+    assert_autocast_changes_nothing,
+    assert_compiles,
+    assert_inputs_are_not_mutated,
+    assert_second_differentiation_raises,
+    assert_threads_agree,
+    bytes_kept,
+    in_double,
+    run,
+    run_flat,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from statescan import reference
@@ -43,26 +56,6 @@ def sample(
         "initial_state": randn(*slots, dim, state, dtype=wide) if initial_state else None,
     }
     return {k: v.requires_grad_() if v is not None else None for k, v in x.items()}
-
-
-def run(scan, inputs, seed=1, **options):
-    """Outputs, and the gradients of a random functional of all of them."""
-    leaves = {k: v for k, v in inputs.items() if v is not None}
-    outputs = scan(**inputs, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    g = torch.Generator().manual_seed(seed)
-    # Numbers that every dtype holds exactly: the functional is the same one in ours and theirs.
-    weights = [torch.randn(y.shape, generator=g).bfloat16() for y in outputs]
-    loss = sum((y * w.to(y.dtype)).sum() for y, w in zip(outputs, weights, strict=True))
-    grads = torch.autograd.grad(loss, leaves.values(), materialize_grads=True)
-    return outputs, dict(zip(leaves, grads, strict=True))
-
-
-def in_double(inputs):
-    return {
-        k: v.detach().double().requires_grad_() if v is not None else None
-        for k, v in inputs.items()
-    }
 
 
 def check(inputs, *, delta_softplus=True, slack=1, **options):
@@ -557,20 +550,8 @@ def test_opcheck():
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile_fullgraph(dynamic):
-    inputs = sample(seqlen=20, dim=18)
-
-    def scan(**x):
-        y, last = statescan.selective_scan(
-            **x, delta_softplus=True, return_last_state=True, reverse=True
-        )
-        return y * 2, last
-
-    compiled = torch.compile(scan, fullgraph=True, dynamic=dynamic)
-    got, grads = run(compiled, inputs)
-    want, want_grads = run(scan, inputs)
-    assert torch.equal(got[0], want[0])
-    for name in grads:
-        assert_close("d" + name, grads[name], want_grads[name])
+    scan = partial(ours, return_last_state=True, reverse=True)
+    assert_compiles(scan, sample(seqlen=20, dim=18), dynamic)
 
 
 def test_export():
@@ -597,12 +578,7 @@ def test_meta_tensors():
 
 
 def test_autocast_changes_nothing():
-    inputs = sample(dim=18)
-    want = ours(**inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = ours(**inputs)
-    assert got.dtype == torch.float32
-    assert torch.equal(got, want)
+    assert_autocast_changes_nothing(ours, sample(dim=18))
 
 
 def test_vmap_says_what_to_do():
@@ -613,52 +589,24 @@ def test_vmap_says_what_to_do():
 
 def test_second_differentiation_raises():
     inputs = sample(dtype=torch.float64)
-    y = ours(**inputs)
-    (grad,) = torch.autograd.grad(y.sum(), inputs["u"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
-        torch.autograd.grad(grad.sum(), inputs["delta"])
+    assert_second_differentiation_raises(ours(**inputs), inputs["u"], inputs["delta"])
 
 
 def test_inputs_are_not_mutated():
-    inputs = sample(dim=18)
-    before = {k: v.detach().clone() for k, v in inputs.items()}
-    run(ours, inputs, return_last_state=True)
-    for name, x in inputs.items():
-        assert torch.equal(x, before[name]), name
+    assert_inputs_are_not_mutated(ours, sample(dim=18), return_last_state=True)
 
 
 @pytest.mark.parametrize("state", [1, 16])
 def test_same_bits_on_one_and_two_threads(state):
     inputs = sample(batch=3, dim=150, seqlen=200, state=state, groups=2)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 2):
-            torch.set_num_threads(n)
-            results.append(run(ours, inputs, return_last_state=True))
-    finally:
-        torch.set_num_threads(threads)
-    (y, last), grads = results[0]
-    for (other_y, other_last), other_grads in results[1:]:
-        assert torch.equal(y, other_y) and torch.equal(last, other_last)
-        for name in grads:
-            assert torch.equal(grads[name], other_grads[name]), name
+    assert_threads_agree(lambda: run_flat(ours, inputs, return_last_state=True))
 
 
 def test_memory_between_forward_and_backward_is_what_the_docstring_says():
     for state, bytes_per_element in ((16, 0.5), (1, 4 / 512)):
         inputs = sample(batch=1, dim=64, seqlen=1024, state=state)
-        saved = []
-
-        def keep(x, saved=saved):
-            saved.append(x)
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            ours(**inputs)
-        given = {x.data_ptr() for x in inputs.values()}
-        extra = sum(x.nbytes for x in saved if x is not None and x.data_ptr() not in given)
-        assert extra == bytes_per_element * inputs["u"].numel()
+        kept = bytes_kept(partial(ours, **inputs), inputs.values())
+        assert kept == bytes_per_element * inputs["u"].numel()
 
 
 ERRORS = {

@@ -1,10 +1,23 @@
 """selective_scan_2d against the naive reference in float64, and against the three steps that it
 replaces: gather, selective_scan, scatter."""
 
+from functools import partial
+
 import pytest
 import statescan
 import torch
 import torch.nn.functional as F
+from contract import (
+    assert_autocast_changes_nothing,
+    assert_compiles,
+    assert_inputs_are_not_mutated,
+    assert_second_differentiation_raises,
+    assert_threads_agree,
+    bytes_kept,
+    in_double,
+    run,
+    run_flat,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from statescan import reference, routes
@@ -69,26 +82,6 @@ def sample(
         "initial_state": randn(batch, 1 if carry else count, dim, state, dtype=wide),
     }  # fmt: skip
     return {k: None if v is None or k in absent else v.requires_grad_() for k, v in x.items()}
-
-
-def run(scan, inputs, seed=1, **options):
-    """Outputs, and the gradients of a random functional of all of them."""
-    leaves = {k: v for k, v in inputs.items() if v is not None}
-    outputs = scan(**inputs, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    g = torch.Generator().manual_seed(seed)
-    # Numbers that every dtype holds exactly: the functional is the same one in ours and theirs.
-    functional = [torch.randn(y.shape, generator=g).bfloat16() for y in outputs]
-    loss = sum((y * w.to(y.dtype)).sum() for y, w in zip(outputs, functional, strict=True))
-    grads = torch.autograd.grad(loss, leaves.values(), materialize_grads=True)
-    return outputs, dict(zip(leaves, grads, strict=True))
-
-
-def in_double(inputs):
-    return {
-        k: v.detach().double().requires_grad_() if v is not None else None
-        for k, v in inputs.items()
-    }
 
 
 def check(inputs, along, *, slack=1, want=theirs, return_last_state=True, **options):
@@ -678,21 +671,9 @@ def test_opcheck():
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile_fullgraph(dynamic):
     along = routes.cross2d(4, 5)
+    scan = partial(ours, routes=along, return_last_state=True, operand_order="token")
     inputs = sample(along, dim=18, rank=2, shape=(4, 5), columns=(4, 5))
-
-    def scan(**x):
-        y, last = statescan.selective_scan_2d(
-            **x, routes=along, delta_softplus=True, return_last_state=True,
-            operand_order="token",
-        )  # fmt: skip
-        return y * 2, last
-
-    compiled = torch.compile(scan, fullgraph=True, dynamic=dynamic)
-    got, grads = run(compiled, inputs)
-    want, want_grads = run(scan, inputs)
-    assert torch.equal(got[0], want[0])
-    for name in grads:
-        assert_close("d" + name, grads[name], want_grads[name])
+    assert_compiles(scan, inputs, dynamic)
 
 
 def test_export():
@@ -723,12 +704,7 @@ def test_meta_tensors():
 
 def test_autocast_changes_nothing():
     along = routes.cross2d(4, 5)
-    inputs = sample(along, dim=18, rank=2)
-    want = ours(**inputs, routes=along)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = ours(**inputs, routes=along)
-    assert got.dtype == torch.float32
-    assert torch.equal(got, want)
+    assert_autocast_changes_nothing(partial(ours, routes=along), sample(along, dim=18, rank=2))
 
 
 def test_vmap_says_what_to_do():
@@ -744,20 +720,15 @@ def test_second_differentiation_raises():
     along = routes.cross2d(4, 5)
     inputs = sample(along, dtype=torch.float64)
     y = ours(**inputs, routes=along)
-    (grad,) = torch.autograd.grad(y.sum(), inputs["u"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
-        torch.autograd.grad(grad.sum(), inputs["delta"])
+    assert_second_differentiation_raises(y, inputs["u"], inputs["delta"])
 
 
 def test_inputs_are_not_mutated():
     along = holes(3, 40, 30)
-    inputs = sample(along, dim=18, length=30, weights=())
-    before = {k: v.detach().clone() for k, v in inputs.items() if v is not None}
     index = along.clone()
-    run(ours, inputs, routes=along, merge="weighted", return_last_state=True)
+    scan = partial(ours, routes=along, merge="weighted", return_last_state=True)
+    assert_inputs_are_not_mutated(scan, sample(along, dim=18, length=30, weights=()))
     assert torch.equal(along, index)
-    for name, x in before.items():
-        assert torch.equal(inputs[name], x), name
 
 
 @pytest.mark.parametrize("state", [1, 16])
@@ -765,38 +736,16 @@ def test_inputs_are_not_mutated():
 def test_same_bits_on_one_and_two_threads(state, rank):
     along = routes.cross2d(12, 13)
     inputs = sample(along, batch=3, dim=150, state=state, rank=rank, weights=())
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 2):
-            torch.set_num_threads(n)
-            results.append(
-                run(ours, inputs, routes=along, merge="weighted", return_last_state=True)
-            )
-    finally:
-        torch.set_num_threads(threads)
-    (y, last), grads = results[0]
-    for (other_y, other_last), other_grads in results[1:]:
-        assert torch.equal(y, other_y) and torch.equal(last, other_last)
-        for name in grads:
-            assert torch.equal(grads[name], other_grads[name]), name
+    scan = partial(ours, routes=along, merge="weighted", return_last_state=True)
+    assert_threads_agree(lambda: run_flat(scan, inputs))
 
 
 def test_memory_between_forward_and_backward_is_what_the_docstring_says():
     along = routes.cross2d(16, 16)
     for state in (1, 16):
         inputs = sample(along, batch=1, dim=64, rank=4, state=state)
-        saved = []
-
-        def keep(x, saved=saved):
-            saved.append(x)
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            ours(**inputs, routes=along)
-        given = {x.data_ptr() for x in (*inputs.values(), along.index) if x is not None}
-        extra = sum(x.nbytes for x in saved if x is not None and x.data_ptr() not in given)
-        assert extra == 4 * 4 * state * inputs["u"].numel() // 128
+        kept = bytes_kept(partial(ours, **inputs, routes=along), (*inputs.values(), along.index))
+        assert kept == 4 * 4 * state * inputs["u"].numel() // 128
 
 
 SHAPE_ERRORS = {

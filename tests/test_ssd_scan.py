@@ -1,10 +1,22 @@
 """ssd_scan against the recurrence in float64: outputs and every gradient, by name."""
 
 import math
+from functools import partial
 
 import pytest
 import statescan
 import torch
+from contract import (
+    assert_autocast_changes_nothing,
+    assert_compiles,
+    assert_inputs_are_not_mutated,
+    assert_second_differentiation_raises,
+    assert_threads_agree,
+    bytes_kept,
+    in_double,
+    run,
+    run_flat,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from statescan import _C, reference
@@ -55,26 +67,6 @@ def sample(
     if log_decay:
         x["dt"] = x["A"] = x["dt_bias"] = None
     return {k: v.requires_grad_() if v is not None else None for k, v in x.items()}
-
-
-def run(scan, inputs, seed=1, **options):
-    """Outputs, and the gradients of a random functional of all of them."""
-    leaves = {k: v for k, v in inputs.items() if v is not None}
-    outputs = scan(**inputs, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    g = torch.Generator().manual_seed(seed)
-    # Numbers that every dtype holds exactly: the functional is the same one in ours and theirs.
-    weights = [torch.randn(y.shape, generator=g).bfloat16() for y in outputs]
-    loss = sum((y * w.to(y.dtype)).sum() for y, w in zip(outputs, weights, strict=True))
-    grads = torch.autograd.grad(loss, leaves.values(), materialize_grads=True)
-    return outputs, dict(zip(leaves, grads, strict=True))
-
-
-def in_double(inputs):
-    return {
-        k: v.detach().double().requires_grad_() if v is not None else None
-        for k, v in inputs.items()
-    }
 
 
 def rounds_factors(inputs):
@@ -637,18 +629,8 @@ def test_opcheck():
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile_fullgraph(dynamic):
-    inputs = sample(seqlen=70)
-
-    def scan(**x):
-        y, final = ours(**x, return_final_states=True, reverse=True)
-        return y * 2, final
-
-    compiled = torch.compile(scan, fullgraph=True, dynamic=dynamic)
-    got, grads = run(compiled, inputs)
-    want, want_grads = run(scan, inputs)
-    assert torch.equal(got[0], want[0])
-    for name in grads:
-        assert_close("d" + name, grads[name], want_grads[name])
+    scan = partial(ours, return_final_states=True, reverse=True)
+    assert_compiles(scan, sample(seqlen=70), dynamic)
 
 
 def test_export():
@@ -674,12 +656,7 @@ def test_meta_tensors():
 
 
 def test_autocast_changes_nothing():
-    inputs = sample(seqlen=70)
-    want = ours(**inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = ours(**inputs)
-    assert got.dtype == torch.float32
-    assert torch.equal(got, want)
+    assert_autocast_changes_nothing(ours, sample(seqlen=70))
 
 
 def test_vmap_says_what_to_do():
@@ -690,53 +667,26 @@ def test_vmap_says_what_to_do():
 
 def test_second_differentiation_raises():
     inputs = sample(dtype=torch.float64)
-    (grad,) = torch.autograd.grad(ours(**inputs).sum(), inputs["x"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
-        torch.autograd.grad(grad.sum(), inputs["dt"])
+    assert_second_differentiation_raises(ours(**inputs), inputs["x"], inputs["dt"])
 
 
 def test_inputs_are_not_mutated():
-    inputs = sample(seqlen=70)
-    before = {k: v.detach().clone() for k, v in inputs.items() if v is not None}
-    run(ours, inputs, return_final_states=True)
-    for name, x in before.items():
-        assert torch.equal(x, inputs[name]), name
+    assert_inputs_are_not_mutated(ours, sample(seqlen=70), return_final_states=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch, groups", [(1, 1), (3, 2), (40, 4)])
 def test_same_bits_on_one_and_two_threads(batch, groups, dtype):
     inputs = sample(batch, 150 if batch < 40 else 20, heads=20, groups=groups, dtype=dtype)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for n in (1, 2, 2):
-            torch.set_num_threads(n)
-            results.append(run(ours, inputs, return_final_states=True))
-    finally:
-        torch.set_num_threads(threads)
-    (y, final), grads = results[0]
-    for (other_y, other_final), other_grads in results[1:]:
-        assert torch.equal(y, other_y) and torch.equal(final, other_final)
-        for name in grads:
-            assert torch.equal(grads[name], other_grads[name]), name
+    assert_threads_agree(lambda: run_flat(ours, inputs, return_final_states=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_memory_between_forward_and_backward_is_what_the_docstring_says(dtype):
     inputs = sample(1, 1024, headdim=16, state=32, dtype=dtype)
-    saved = []
-
-    def keep(x):
-        saved.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        ours(**inputs)
-    given = {x.data_ptr() for x in inputs.values() if x is not None}
-    extra = sum(x.nbytes for x in saved if x is not None and x.data_ptr() not in given)
     bytes_each = 2 if rounds_factors(inputs) else 4
-    assert extra == bytes_each * 32 / 64 * inputs["x"].numel()
+    kept = bytes_kept(partial(ours, **inputs), inputs.values())
+    assert kept == bytes_each * 32 / 64 * inputs["x"].numel()
 
 
 ERRORS = {
