@@ -18,7 +18,7 @@ def tokens(batch=2, seqlen=7):
     return torch.randn(batch, seqlen, MODEL, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("seqlen", [1, 2, 9])
+@pytest.mark.parametrize("seqlen", [1, 3, 9])
 @pytest.mark.parametrize("groups, options", [(1, {}), (3, {"bias": True, "d_conv": 3})])
 def test_matches_twin(groups, options, seqlen):
     def twin(p, u):
@@ -84,7 +84,7 @@ def test_autocast_and_meta_device():
 
 def test_compile_fullgraph():
     module, x = layer().float(), tokens().float()
-    assert_close("out", torch.compile(module, fullgraph=True)(x), module(x))
+    assert_close("out", torch.compile(module, backend="aot_eager", fullgraph=True)(x), module(x))
 
 
 @pytest.mark.parametrize(

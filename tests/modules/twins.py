@@ -223,7 +223,8 @@ def attention(p, x, *, heads, kv_heads, head_dim, rotary=0, base=10000.0, interl
         x = x.clone()
         a, b = x[..., first].clone(), x[..., second].clone()
         for t in range(seqlen):
-            angle = t * torch.tensor([base ** (-i / max(half, 1)) for i in range(half)]).double()
+            powers = [base ** (-i / half) for i in range(half)]
+            angle = t * torch.tensor(powers, dtype=torch.float64)
             x[:, t, :, first] = a[:, t] * angle.cos() - b[:, t] * angle.sin()
             x[:, t, :, second] = a[:, t] * angle.sin() + b[:, t] * angle.cos()
         return x

@@ -167,7 +167,8 @@ class MHA(nn.Module):
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """RoFormer (Su et al. 2021, eq. 15); x (batch, seqlen, head, head_dim)."""
         dim = self.rotary_emb_dim
-        powers = torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim
+        wide = torch.promote_types(x.dtype, torch.float32)
+        powers = torch.arange(0, dim, 2, device=x.device, dtype=wide) / dim
         angles = positions[..., None, None] * self.rotary_emb_base**-powers
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         turned, rest = x[..., :dim], x[..., dim:]

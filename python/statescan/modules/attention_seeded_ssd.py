@@ -8,6 +8,7 @@ from statescan.modules.cache import MixerState, forward_with_cache
 from statescan.modules.mamba import _single
 from statescan.modules.norm import RMSNorm
 from statescan.modules.parameters import (
+    at_least_float32,
     decay_rates,
     depthwise_conv1d,
     make_identity,
@@ -296,8 +297,7 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
 
 def _decay(state: Tensor, log_decay: Tensor, state_indices: Tensor | None) -> None:
     """Multiplies the states of the batch, (slots, head, headdim, state)."""
-    decay = torch.exp(log_decay.to(torch.promote_types(log_decay.dtype, torch.float32)))
-    decay = decay[..., None, None]
+    decay = torch.exp(at_least_float32(log_decay))[..., None, None]
     if state_indices is None:
         state.mul_(decay)
     else:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from statescan.modules.parameters import at_least_float32
+
 
 def filter_dt(dt: Tensor, threshold: Tensor, channel_mask: Tensor | None = None) -> Tensor:
     """Zero for the step sizes of at most ``threshold``, (LongMamba, Ye et al. 2025): tokens that
@@ -29,7 +31,7 @@ def decay_product(dt: Tensor, A: Tensor) -> Tensor:
     Returns:
         (..., channel), in float32 at least.
     """
-    total = dt.to(torch.promote_types(dt.dtype, torch.float32)).sum(-2)
+    total = at_least_float32(dt).sum(-2)
     if A.dim() == 1:
         return torch.exp(total * A)
     return torch.exp(total[..., None] * A).mean(-1)

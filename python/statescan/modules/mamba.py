@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from statescan.modules.cache import MixerState, forward_with_cache
 from statescan.modules.parameters import (
     StepProjection,
+    at_least_float32,
     decay_rates,
     depthwise_conv1d,
     no_weight_decay,
@@ -248,7 +249,7 @@ class Mamba(nn.Module):
     def _scan(self, u, delta, B, C, A_log, suffix, z, **options):
         bias = getattr(self, "dt_proj" + suffix).bias
         if self.dt_filter is not None:
-            delta = self.dt_filter(F.softplus(delta.float() + bias.float()))
+            delta = self.dt_filter(F.softplus(at_least_float32(delta) + bias))
             bias = None
         D = getattr(self, "D" + suffix)
         return selective_scan(

@@ -11,6 +11,7 @@ from statescan.modules.cache import MixerState, forward_with_cache
 from statescan.modules.mamba import _single
 from statescan.modules.norm import RMSNorm
 from statescan.modules.parameters import (
+    at_least_float32,
     decay_rates,
     depthwise_conv1d,
     no_weight_decay,
@@ -271,7 +272,7 @@ class Mamba2(nn.Module):
         if self.dt_filter is None:
             return zxbcdt, self.dt_bias
         rest, dt = zxbcdt.split((zxbcdt.shape[-1] - self.nheads, self.nheads), dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*self.dt_limit)
+        dt = F.softplus(at_least_float32(dt) + self.dt_bias).clamp(*self.dt_limit)
         return torch.cat([rest, self.dt_filter(dt).to(rest.dtype)], -1), None
 
     def _skip_weight(self) -> Tensor:

@@ -45,9 +45,13 @@ def step_bias(
     return (steps + torch.log(-torch.expm1(-steps))).to(dtype)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def decay_rates(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), in float32 at least: in 16 bits, rates that differ would become equal."""
-    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+    return -torch.exp(at_least_float32(A_log))
 
 
 def sequence_ids(
