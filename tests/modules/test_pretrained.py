@@ -128,10 +128,9 @@ def test_logits_equal_those_of_transformers(tmp_path, kind, options):
     theirs.save_pretrained(tmp_path)
     ours, x = MambaLM.from_pretrained(tmp_path), tokens()
     assert_close("logits", ours(x), theirs(x).logits, slack=10)
-    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
-    want = theirs(x, attention_mask=mask).logits
-    got = ours(x, padding_mask=mask)
-    assert_close("padded", got[mask == 1], want[mask == 1], slack=10)
+    # Where in_proj has a bias, theirs lets that of the padding into the convolution.
+    got = ours(x, padding_mask=torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]]))[1:, 2:]
+    assert_close("padded", got, theirs(x[1:, 2:]).logits, slack=10)
 
 
 @torch.no_grad()
@@ -140,7 +139,9 @@ def test_generated_tokens_equal_those_of_transformers(tmp_path, kind):
     theirs = randomize(transformers_model(kind))
     theirs.save_pretrained(tmp_path)
     ours, x = MambaLM.from_pretrained(tmp_path), tokens()
-    want = theirs.generate(x, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    want = theirs.generate(
+        x, attention_mask=torch.ones_like(x), max_new_tokens=8, do_sample=False, eos_token_id=None
+    )
     assert torch.equal(ours.generate(x, 8, eos_token_id=[]), want)
 
 
@@ -161,7 +162,7 @@ def test_errors(tmp_path):
     lm = model(CONFIGS["mamba"])
     lm.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="has no weights: neither model.safetensors nor"):
+    with pytest.raises(FileNotFoundError, match="has no weights: neither model"):
         MambaLM.from_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text('{"d_model": 8, "color": "blue"}')
