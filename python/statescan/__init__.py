@@ -1,12 +1,13 @@
 """Compiled state-space operators for PyTorch: fast on a CPU, called from any model.
 
 The operators are functions of this package; `statescan.reference` holds the same mathematics in
-plain torch, one time step at a time, and is what they are tested against.
+plain torch, one time step at a time, and is what they are tested against. `statescan.modules` has
+the layers and models that are built from them.
 """
 
 import torch  # noqa: F401  (loads the library that statescan._C links to)
 
-from statescan import _C, reference, routes
+from statescan import _C, modules, reference, routes
 from statescan.ops.causal_conv1d import (
     causal_conv1d,
     causal_conv1d_update,
@@ -38,6 +39,7 @@ __all__ = [
     "gated_rms_norm",
     "mamba2_mixer",
     "materialize_mixer",
+    "modules",
     "reference",
     "route_gather",
     "route_scatter",

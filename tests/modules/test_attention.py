@@ -91,6 +91,11 @@ def test_mlp():
     assert GatedMLP(768).fc2.weight.shape == (768, 2048)
 
 
+def test_a_cache_has_no_gradient():
+    with pytest.raises(RuntimeError, match="a cache has no gradient"):
+        layer(layer_idx=0)(tokens(), InferenceCache(2, max_seqlen=7))
+
+
 @torch.no_grad()
 def test_errors():
     module = layer(layer_idx=0)

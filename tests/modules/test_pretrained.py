@@ -39,6 +39,7 @@ def test_round_trip(tmp_path, config, safe):
     assert torch.equal(again(x), lm(x))
     tied = again.lm_head.weight is again.backbone.embedding.weight
     assert tied == lm.config.tie_embeddings
+    assert all(p._no_weight_decay for name, p in again.named_parameters() if "A_log" in name)
     again(x).sum().backward()
     assert all(p.grad is not None for p in again.parameters())
 

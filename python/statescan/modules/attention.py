@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statescan.modules.cache import InferenceCache, layer_states
+from statescan.modules.cache import InferenceCache, check_no_gradient, layer_states
 from statescan.modules.parameters import depthwise_conv1d, sequence_ids
 from statescan.ops.causal_conv1d import causal_conv1d
 
@@ -128,6 +128,7 @@ class MHA(nn.Module):
         return self._attend(q, kv, attn_mask=mask[:, None])
 
     def _attend_cached(self, qkv: Tensor, cache) -> Tensor:
+        check_no_gradient(qkv)
         batch, seqlen, _ = qkv.shape
         (kv_cache, conv_cache), slots = layer_states(cache, self, batch)
         slots = torch.arange(batch, device=qkv.device) if slots is None else slots.long()
@@ -147,10 +148,10 @@ class MHA(nn.Module):
                 return_final_state=True,
             )  # fmt: skip
             qkv = qkv.transpose(1, 2)
-            conv_cache[rows[used], :, conv_cache.shape[-1] - width :] = state[used].detach()
+            conv_cache[rows[used], :, conv_cache.shape[-1] - width :] = state[used]
         positions = before[:, None] + torch.arange(seqlen, device=qkv.device)
         q, kv = self._rotated(qkv, positions)
-        kv_cache[rows[used, None], positions[used]] = kv[used].detach().to(kv_cache.dtype)
+        kv_cache[rows[used, None], positions[used]] = kv[used].to(kv_cache.dtype)
         seen = torch.arange(end, device=qkv.device) <= positions[..., None]  # (batch, seqlen, end)
         return self._attend(q, kv_cache[rows, :end].to(q.dtype), attn_mask=seen[:, None])
 

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statescan.modules.cache import MixerState, forward_with_cache
-from statescan.modules.mamba import _single
+from statescan.modules.cache import MixerState, forward_with_cache, single_token
 from statescan.modules.norm import RMSNorm
 from statescan.modules.parameters import (
     at_least_float32,
@@ -209,7 +208,7 @@ class AttentionSeededSSD(nn.Module):
         compute_output: bool = True,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """As `Mamba2.step`."""
-        u = _single(hidden_states)
+        u = single_token(hidden_states)
         vkq = causal_conv1d_update(
             self._project(u), conv_state, self.conv1d.weight, self.conv1d.bias,
             self.conv_activation, conv_state_indices=state_indices,

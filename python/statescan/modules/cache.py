@@ -25,7 +25,7 @@ class InferenceCache:
     Args:
         max_batch_size: number of slots.
         max_seqlen: longest sequence; only attention layers need it.
-        device: of the states of the whole; that of the layers' weights.
+        device: where the lengths are kept; states are where the weights of their layers are.
         dtype: of all states. If None, those of the scan are float32 (float64 for a model in
             float64), others have the dtype of their layer's weights.
     """
@@ -163,15 +163,29 @@ def forward_with_cache(
         hidden_states, initial_state=initial, return_final_state=True, cu_seqlens=cu_seqlens,
         **options,
     )  # fmt: skip
-    if final.ssm.requires_grad:
-        raise RuntimeError(
-            "a cache has no gradient: call the model under torch.no_grad(), or use initial_state "
-            "and return_final_state to train in pieces"
-        )
+    check_no_gradient(final.ssm)
     conv_out = states[0][..., states[0].shape[-1] - width :]
     _put(conv_out, indices, final.conv)
     _put(states[1], indices, final.ssm)
     return out
+
+
+def check_no_gradient(tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise RuntimeError(
+            "a cache has no gradient: call the model under torch.no_grad(), or use initial_state "
+            "and return_final_state to train in pieces"
+        )
+
+
+def single_token(hidden_states: Tensor) -> Tensor:
+    """(batch, 1, dim) -> (batch, dim)"""
+    if hidden_states.dim() != 3 or hidden_states.shape[1] != 1:
+        raise ValueError(
+            "hidden_states must have shape (batch, 1, d_model): a step is one token, got "
+            f"{list(hidden_states.shape)}"
+        )
+    return hidden_states.squeeze(1)
 
 
 def _take(tensor: Tensor, indices: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statescan.modules.cache import MixerState, forward_with_cache
+from statescan.modules.cache import MixerState, forward_with_cache, single_token
 from statescan.modules.parameters import (
     StepProjection,
     at_least_float32,
@@ -195,7 +195,7 @@ class Mamba(nn.Module):
             compute_output: False changes the states only and returns None for the token.
         """
         self._check_causal()
-        x, z = self.in_proj(_single(hidden_states)).chunk(2, dim=-1)
+        x, z = self.in_proj(single_token(hidden_states)).chunk(2, dim=-1)
         u = causal_conv1d_update(
             x, conv_state, self.conv1d.weight, self.conv1d.bias, "silu",
             conv_state_indices=state_indices,
@@ -266,13 +266,3 @@ class Mamba(nn.Module):
     def _check_causal(self, reverse: bool = False) -> None:
         if self.bidirectional is not None or reverse:
             raise ValueError("a layer that sees what comes later has no step and no cache")
-
-
-def _single(hidden_states: Tensor) -> Tensor:
-    """(batch, 1, dim) -> (batch, dim)"""
-    if hidden_states.dim() != 3 or hidden_states.shape[1] != 1:
-        raise ValueError(
-            "hidden_states must have shape (batch, 1, d_model): a step is one token, got "
-            f"{list(hidden_states.shape)}"
-        )
-    return hidden_states.squeeze(1)

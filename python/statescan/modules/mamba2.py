@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from statescan.modules.cache import MixerState, forward_with_cache
-from statescan.modules.mamba import _single
+from statescan.modules.cache import MixerState, forward_with_cache, single_token
 from statescan.modules.norm import RMSNorm
 from statescan.modules.parameters import (
     at_least_float32,
@@ -211,7 +210,7 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """As `Mamba.step`, with states (slots, d_ssm + 2 * ngroups * d_state, d_conv - 1) and
         (slots, head, headdim, d_state)."""
-        zxbcdt = self._in(_single(hidden_states))
+        zxbcdt = self._in(single_token(hidden_states))
         zx_mlp, z, xBC, dt = zxbcdt.split(
             (2 * self.d_mlp, self.d_ssm, self.conv1d.weight.shape[0], self.nheads), dim=-1
         )

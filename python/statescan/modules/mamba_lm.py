@@ -294,7 +294,10 @@ class MambaLM(nn.Module):
         weights = pretrained.read_weights(directory, device, dtype)
         if config.tie_embeddings:
             weights.setdefault("lm_head.weight", weights.get("backbone.embedding.weight"))
+        marks = {name: vars(p) for name, p in model.named_parameters()}
         model.load_state_dict(weights, assign=True)
+        for name, parameter in model.named_parameters():
+            vars(parameter).update(marks.get(name, {}))  # such as _no_weight_decay
         model.tie_weights()
         return model.eval()
 

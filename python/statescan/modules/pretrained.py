@@ -46,13 +46,14 @@ def _from_transformers(config: dict) -> dict:
         ssm_cfg |= {"layer": "Mamba1", "dt_rank": config.get("time_step_rank", "auto")}
         defaults = {"d_state": 16, "tie": True}
     else:
-        epsilon = config.get("layer_norm_epsilon", 1e-5)
         limit = config.get("time_step_limit", (0.0, float("inf")))
         ssm_cfg |= {
             "layer": "Mamba2", "headdim": config.get("head_dim", 64),
-            "ngroups": config.get("n_groups", 8), "norm_eps": epsilon,
+            "ngroups": config.get("n_groups", 8),
             "dt_limit": tuple(_number(bound) for bound in limit),
         }  # fmt: skip
+        if config.get("layer_norm_epsilon", 1e-5) != 1e-5:  # mamba_ssm's has no choice
+            ssm_cfg["norm_eps"] = config["layer_norm_epsilon"]
         defaults = {"d_state": 128, "tie": False}
     ssm_cfg.setdefault("d_state", defaults["d_state"])
     return {
@@ -102,7 +103,7 @@ def _files(directory: Path) -> list[str]:
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return _safetensors(path.name).load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _safetensors(name: str):
