@@ -1,5 +1,6 @@
 """InferenceCache: slots, reset, snapshots, and what is not ours."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,14 @@ def test_a_layer_newer_than_the_snapshot_starts_anew(mixer):
     call(mixer, x, cache)
     cache.restore(empty)
     assert all((t == 0).all() for t in cache.layers[2])
+
+
+def test_layers_do_not_share_an_index(mixer):
+    x, cache = tokens(), InferenceCache(2)
+    call(mixer, x, cache)
+    other = copy.deepcopy(mixer)
+    with pytest.raises(ValueError, match="two layers have layer_idx = 2; each needs its own"):
+        call(other, x, cache)
 
 
 def test_lengths(mixer):

@@ -31,6 +31,7 @@ VARIANTS = {
         {"norm_before_gate": True, "ngroups": 2},
         {"norm_before_gate": True, "groups": 2},
     ),
+    "norm of heads": ({"norm_group_size": HEADDIM}, {"norm_group_size": HEADDIM}),
     "limits": ({"dt_limit": (0.3, 0.9)}, {"limit": (0.3, 0.9)}),
     "D of channels": ({"D_has_hdim": True, "d_conv": 2}, {}),
     "MLP": ({"d_ssm": 8}, {"mlp": 8}),

@@ -123,7 +123,7 @@ def mamba(p, hidden_states, rank, bidirectional=None, divide_out=False):
 
 def mamba2(
     p, u, *, headdim, groups=1, state, norm_before_gate=False, limit=(0.0, float("inf")), mlp=0,
-    multipliers=(1, 1, 1, 1, 1), in_multiplier=1, eps=1e-5,
+    multipliers=(1, 1, 1, 1, 1), in_multiplier=1, eps=1e-5, norm_group_size=None,
 ):  # fmt: skip
     heads = len(p["A_log"])
     inner, projection = heads * headdim, groups * state
@@ -142,9 +142,9 @@ def mamba2(
     if "norm.weight" not in p:
         y = y * gate
     elif norm_before_gate:
-        y = rms_norm(y, p["norm.weight"], inner // groups, eps) * gate
+        y = rms_norm(y, p["norm.weight"], norm_group_size or inner // groups, eps) * gate
     else:
-        y = rms_norm(y * gate, p["norm.weight"], inner // groups, eps)
+        y = rms_norm(y * gate, p["norm.weight"], norm_group_size or inner // groups, eps)
     return linear(p, "out_proj", torch.cat([z_mlp * torch.sigmoid(z_mlp) * x_mlp, y], -1))
 
 

@@ -1,5 +1,6 @@
 """What layers remember of the past between two calls, for a batch of sequences."""
 
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ class InferenceCache:
         self.max_seqlen = max_seqlen
         self.dtype = dtype
         self.layers: dict[int, tuple[Tensor | None, ...]] = {}
+        self._owners: dict[int, weakref.ref] = {}
         self.lengths = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
         self.state_indices: Tensor | None = None
 
@@ -128,6 +130,9 @@ def layer_states(cache, layer: nn.Module, batch: int) -> tuple[tuple, Tensor | N
             f"a batch of max_batch_size = {cache.max_batch_size} was expected, got {batch}; "
             "cache.at(indices) gives each element a slot"
         )
+    owner = cache._owners.setdefault(layer.layer_idx, weakref.ref(layer))
+    if owner() not in (layer, None):
+        raise ValueError(f"two layers have layer_idx = {layer.layer_idx}; each needs its own")
     if layer.layer_idx not in cache.layers:
         cache.layers[layer.layer_idx] = layer.allocate_inference_cache(
             cache.max_batch_size, cache.max_seqlen, cache.dtype

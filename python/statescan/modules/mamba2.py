@@ -39,8 +39,7 @@ class Mamba2(nn.Module):
         ngroups: groups of heads that share B and C.
         A_init_range: -A starts somewhere in between.
         D_has_hdim: a skip weight for each channel, and not for each head.
-        rmsnorm: normalize what is scanned, in groups of d_ssm / ngroups channels; otherwise there
-            is only the gate.
+        rmsnorm: normalize what is scanned; otherwise there is only the gate.
         norm_before_gate: gate after the norm.
         dt_min, dt_max, dt_init_floor: step sizes start between, evenly in their logarithm.
         dt_limit: bounds of the step sizes; in a step too.
@@ -50,7 +49,7 @@ class Mamba2(nn.Module):
         process_group: must be None.
         layer_idx: place in the model, by which a cache knows the layer.
         d_inner: channels inside, where they are no multiple of d_model (Falcon-H1).
-        norm_eps: of the norm.
+        norm_eps, norm_group_size: of the norm, if not over d_ssm / ngroups channels each.
         in_multiplier, multipliers: constants for the input, and for z, x, B, C and dt after the
             input projection (maximal update parametrization, Falcon-H1).
         learnable_init_states: a parameter ``init_states`` that the scan starts from, if nothing
@@ -89,6 +88,7 @@ class Mamba2(nn.Module):
         *,
         d_inner: int | None = None,
         norm_eps: float = 1e-5,
+        norm_group_size: int | None = None,
         in_multiplier: float = 1.0,
         multipliers: Sequence[float] | None = None,
         learnable_init_states: bool = False,
@@ -102,7 +102,7 @@ class Mamba2(nn.Module):
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.headdim, self.ngroups, self.nheads = headdim, ngroups, self.d_ssm // headdim
         self._check(multipliers)
-        self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
+        self.D_has_hdim, self.rmsnorm = D_has_hdim, rmsnorm
         self.dt_limit = tuple(dt_limit)
         self.layer_idx = layer_idx
         self.in_multiplier, self.multipliers = in_multiplier, multipliers
@@ -129,7 +129,7 @@ class Mamba2(nn.Module):
             self.init_states = None
         if rmsnorm:
             self.norm = RMSNorm(
-                self.d_ssm, norm_eps, group_size=self.d_ssm // ngroups,
+                self.d_ssm, norm_eps, group_size=norm_group_size or self.d_ssm // ngroups,
                 norm_before_gate=norm_before_gate, **factory,
             )  # fmt: skip
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
@@ -186,15 +186,13 @@ class Mamba2(nn.Module):
             return forward_with_cache(self, u, inference_params, **options)
         zxbcdt, dt_bias = self._filtered(self._in(u))
         conv_state, ssm_state = initial_state or (None, self._init_states(u, seq_idx, cu_seqlens))
+        limit = self.dt_limit if dt_bias is not None else (0.0, math.inf)
         out, *states = mamba2_mixer(
             zxbcdt, self.conv1d.weight, self.conv1d.bias, dt_bias, decay_rates(self.A_log),
-            self._skip_weight(), headdim=self.headdim, groups=self.ngroups,
-            norm_weight=self.norm.weight if self.rmsnorm else None,
-            norm_eps=self.norm.eps if self.rmsnorm else 0.0,
-            norm_before_gate=self.norm_before_gate, dt_softplus=dt_bias is not None,
-            dt_limit=self.dt_limit if dt_bias is not None else (0.0, math.inf),
-            initial_conv_state=conv_state, initial_states=ssm_state, return_final_states=True,
-            seq_idx=sequence_ids(u, **options), cu_seqlens=cu_seqlens,
+            self._skip_weight(), headdim=self.headdim, groups=self.ngroups, **self._norm_options(),
+            dt_softplus=dt_bias is not None, dt_limit=limit, initial_conv_state=conv_state,
+            initial_states=ssm_state, return_final_states=True, seq_idx=sequence_ids(u, **options),
+            cu_seqlens=cu_seqlens,
         )  # fmt: skip
         out = self.out_proj(out)
         return (out, MixerState(*states)) if return_final_state else out
@@ -276,6 +274,16 @@ class Mamba2(nn.Module):
 
     def _skip_weight(self) -> Tensor:
         return self.D.unflatten(0, (self.nheads, self.headdim)) if self.D_has_hdim else self.D
+
+    def _norm_options(self) -> dict:
+        if not self.rmsnorm:
+            return {}
+        return {
+            "norm_weight": self.norm.weight,
+            "norm_eps": self.norm.eps,
+            "norm_before_gate": self.norm.norm_before_gate,
+            "norm_group_size": self.norm.group_size,
+        }
 
     def _init_states(self, u, seq_idx, cu_seqlens) -> Tensor | None:
         if self.init_states is None:
