@@ -60,6 +60,8 @@ def test_learnable_init_states_reach_both_directions():
         module.init_states.zero_()
     differs = (started - module(x)).abs().amax((0, 2)) > 1e-6
     assert differs.all()  # the last tokens by the forward scan, the first by the other
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1]] * 2)
+    assert_close("padded", module(x, padding_mask=mask)[:, 2:], module(x[:, 2:]))
     plain = layer()
     plain.load_state_dict({k: v for k, v in module.state_dict().items() if k != "init_states"})
     assert_close("out", plain(x), module(x))

@@ -102,6 +102,8 @@ class Hydra(nn.Module):
     ) -> Tensor:
         """u (batch, seqlen, d_model) -> the same. padding_mask (batch, seqlen), seq_idx and
         cu_seqlens are as in `Mamba.forward`; convolution and both scans keep to the sequences."""
+        if self.init_states is not None and seq_idx is not None:
+            raise ValueError("learnable_init_states has no seq_idx: use cu_seqlens")
         ids = sequence_ids(u, padding_mask, seq_idx, cu_seqlens)
         sequences = {"seq_idx": ids, "cu_seqlens": cu_seqlens}
         conv_dim = self.d_inner + 2 * self.d_bc
@@ -128,8 +130,6 @@ class Hydra(nn.Module):
     def _init_states(self, x, sequences) -> Tensor | None:
         if self.init_states is None:
             return None
-        if sequences["seq_idx"] is not None:
-            raise ValueError("learnable_init_states has no seq_idx: use cu_seqlens")
         offsets = sequences["cu_seqlens"]
         count = x.shape[0] if offsets is None else offsets.shape[0] - 1
         return self.init_states.expand(count, -1, -1, -1)
