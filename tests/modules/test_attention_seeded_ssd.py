@@ -113,6 +113,22 @@ def test_starts_as_linear_attention():
     assert_close("out", module(x), layers["o"](y.flatten(-2)))
 
 
+def test_heads_that_do_not_divide_each_other():
+    """Two keys and three queries for six heads: as if all were given."""
+    module = twins.randomize(AttentionSeededSSD(MODEL, 6, key_heads=2, query_heads=3, d_state=2))
+    whole = AttentionSeededSSD(MODEL, 6, d_state=2, repeat_before_conv=True).double()
+    state, channels = module.state_dict(), []
+    for name, heads, dim in (("v_proj", 6, 2), ("k_proj", 2, 2), ("q_proj", 3, 2)):
+        rows = torch.arange(heads * dim).view(heads, dim).repeat_interleave(6 // heads, 0).flatten()
+        state[name + ".weight"] = state[name + ".weight"][rows]
+        channels.append(rows + sum(h * 2 for h in (6, 2)[: len(channels)]))
+    for name in ("conv1d.weight", "conv1d.bias"):
+        state[name] = state[name][torch.cat(channels)]
+    whole.load_state_dict(state)
+    x = tokens()
+    assert_close("out", module(x), whole(x), slack=10)
+
+
 def rows(state, name, layout, sizes):
     """One fused projection out of parts, in the order of `layout`."""
     parts = [state.pop(f"{part}.{name}") for part in layout]

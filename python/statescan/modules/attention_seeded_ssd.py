@@ -1,5 +1,7 @@
 """A layer of Mamba-2 in the shape of attention, to start from the weights of an attention layer."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -186,7 +188,7 @@ class AttentionSeededSSD(nn.Module):
         x, B, C, conv_state = self._convolve(u, conv_state, sequences)
         y, ssm_state = ssd_scan(
             x, B=B, C=C, D=self.D, initial_states=ssm_state, return_final_states=True,
-            **self._steps(u), **({} if self.log_decay else {"dt_softplus": True}), **sequences,
+            **self._steps(u), **sequences,
         )  # fmt: skip
         out = self._output(y, u)
         return (out, MixerState(conv_state, ssm_state)) if return_final_state else out
@@ -195,8 +197,7 @@ class AttentionSeededSSD(nn.Module):
         """What the layer multiplies the values with, (batch, head, seqlen, seqlen), D included: to
         be fitted to attention (MOHAWK, stage 1). Differentiable; costs what attention costs."""
         _, B, C, _ = self._convolve(u, None, {"seq_idx": seq_idx})
-        steps = self._steps(u) | ({} if self.log_decay else {"dt_softplus": True})
-        return materialize_mixer(B, C, D=self.D, seq_idx=seq_idx, **steps)
+        return materialize_mixer(B, C, D=self.D, seq_idx=seq_idx, **self._steps(u))
 
     def step(
         self,
@@ -219,8 +220,6 @@ class AttentionSeededSSD(nn.Module):
             _decay(ssm_state, steps["log_decay"], state_indices)
             ones = x.new_ones(()).expand(u.shape[0], self.num_heads)
             steps = {"dt": ones, "A": ones.new_zeros(self.num_heads)}
-        else:
-            steps["dt_softplus"] = True
         y = selective_state_update(
             ssm_state, x, B=B, C=C, D=self.D, state_batch_indices=state_indices,
             compute_output=compute_output, **steps,
@@ -260,21 +259,23 @@ class AttentionSeededSSD(nn.Module):
         return *self._split(vkq.transpose(1, 2)), conv_state
 
     def _split(self, vkq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x for every head; B and C for as many as the greater number of the two."""
+        """x for every head; B and C for the fewest heads that both can be repeated to."""
         v, k, q = vkq.split(self.sizes(repeated=self.repeat_before_conv), dim=-1)
         v = _repeat(v.unflatten(-1, (-1, self.head_dim)), self.num_heads)
         k, q = k.unflatten(-1, (-1, self.d_state)), q.unflatten(-1, (-1, self.d_state))
-        groups = max(k.shape[-2], q.shape[-2])
+        groups = math.lcm(k.shape[-2], q.shape[-2])
         k, q = _repeat(k, groups), _repeat(q, groups)
         if self.qk_norm:
             k, q = self.k_norm(k), self.q_norm(q)
         return v, k, q
 
-    def _steps(self, u: Tensor) -> dict[str, Tensor]:
+    def _steps(self, u: Tensor) -> dict:
+        """What the scan gets to know of its step sizes."""
         dt = self.dt_proj(u)
         if self.log_decay:
-            return {"log_decay": -F.softplus(dt), "dt": None, "A": None}
-        return {"dt": dt, "A": decay_rates(self.A_log), "dt_bias": self.dt_bias}
+            return {"log_decay": -F.softplus(at_least_float32(dt)), "dt": None, "A": None}
+        A = decay_rates(self.A_log)
+        return {"dt": dt, "A": A, "dt_bias": self.dt_bias, "dt_softplus": True}
 
     def _output(self, y: Tensor, u: Tensor) -> Tensor:
         """y (..., head, head_dim)"""
