@@ -29,6 +29,11 @@ PRESETS = {
         case("S-Mamba", 16, 512, 866, 2),
         case("KARMA, odd width", 16, 259, 321, 2),
     ),
+    "bidirectional": (
+        case("Vim-S", 128, 768, 197, 4),
+        case("Hydra-BERT, causal here", 128, 1792, 128, 7),
+        case("MambaVision-T stage 3, causal here", 128, 160, 196, 3),
+    ),
 }
 
 

@@ -26,6 +26,10 @@ PRESETS = {
         case("Mamba-2 8B, 8 groups", 1, 4096, 8192, 1024),
         case("mmMamba, a norm for each head", 1, 4096, 2048, 128),
     ),
+    "heads": (
+        case("Hydra-BERT", 128, 128, 1536),
+        case("MaTVLM, a norm for each head", 4, 1428, 2560, 80),
+    ),
     "batch": tuple(case("decode", B, 1, 5120) for B in (1, 8, 64)),
 }
 

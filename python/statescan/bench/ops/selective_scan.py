@@ -55,7 +55,38 @@ PRESETS = {
         case("LightM-UNet 3-D", 1, 64, 2097152, 16),
         case("MambaMixer channel mixer", 64, 3136, 192, 16),
     ),
+    "stages": (
+        *(
+            case(f"VMamba-T v0 stage {s}", 128, 384 * 2**s, (112 >> s) ** 2, 16, 4)
+            for s in (2, 3, 4)
+        ),
+        *(case(f"VMamba-T v05 stage {s}", 128, 192 * 2**s, (112 >> s) ** 2, 1, 4) for s in (2, 3)),
+        case("MSVMamba-T, the three routes at half size", 128, 192, 2352, 1),
+        case("EfficientVMamba-T stage 2", 128, 768, 196, 16, 4),
+        case("MHS-VM, a head", 32, 96, 4096, 16, 4),
+        case("MHS-VM, four heads", 32, 384, 4096, 16, 16),
+        case("MHS-VM stage 4, a head", 32, 768, 64, 16, 4),
+        *(
+            case(f"MobileMamba-S6, {L} tokens", 256, D, L, 1, 2)
+            for D, L in ((640, 196), (1088, 49), (1088, 16))
+        ),
+        *(
+            case(f"Mamba YOLO-T stage {s}", 16, 256 * 2 ** (s - 1), (320 >> s) ** 2, 16, 4)
+            for s in (2, 3, 4)
+        ),
+        *(
+            case(f"LaMamba-Diff-XL stage {s}", 32, 1280 * 2**s, (64 >> s) ** 2, 1, 4)
+            for s in (1, 2, 3, 4)
+        ),
+        case("DiMSUM-L/2", 32, 1024, 256, 16),
+        case("DiMSUM-L/2, 512 pixels", 8, 1024, 1024, 16),
+        *(case(f"ChangeMamba decoder, {L} tokens", 16, 1024, L, 1, 4) for L in (2048, 512, 128)),
+        case("Swin-UMamba stage 2", 2, 1536, 1600, 16, 4),
+        case("Swin-UMamba stage 3", 2, 3072, 400, 16, 4),
+        case("MTAIR stage 2", 4, 768, 4096, 16, 4),
+    ),
     "series": (
+        case("MambaMIM, visible tokens", 16, 768, 54, 16),
         case("MambaMIM", 16, 768, 216, 16),
         case("S-Mamba", 16, 512, 866, 32),
         case("S-Mamba, short", 32, 512, 11, 32),

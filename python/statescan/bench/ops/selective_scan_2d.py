@@ -57,6 +57,27 @@ PRESETS = {
         case("Swin-UMamba", 2, 192, 80, 80, 16, 6),
         case("MTAIR", 1, 96, 128, 128, 16, 6),
     ),
+    "stages": (
+        case("EfficientVMamba-T stage 2", 16, 192, 28, 28, 16, 6, ATROUS),
+        case("MHS-VM, serpentines", 16, 24, 64, 64, 16, 2, SNAKE),
+        case("MHS-VM stage 4", 16, 192, 8, 8, 16, 12, SPIRAL),
+        *(
+            case(f"MobileMamba-S6, {H} x {H}", 64, D, H, H, 1, R, BIDI)
+            for D, H, R in ((320, 14, 10), (544, 7, 17), (544, 4, 17))
+        ),
+        *(
+            case(f"Mamba YOLO-T stage {s}", 4, 32 * 2**s, 320 >> s, 320 >> s, 16, 2**s)
+            for s in (2, 3, 4)
+        ),
+        *(
+            case(f"LaMamba-Diff-XL stage {s}", 4, 320 * 2**s, 64 >> s, 64 >> s, 1, 10 * 2**s, SNAKE)
+            for s in (2, 3, 4)
+        ),
+        *(case(f"ChangeMamba decoder, {H} x {2 * H}", 4, 256, H, 2 * H, 1, 8) for H in (32, 16, 8)),
+        case("Swin-UMamba stage 2", 2, 384, 40, 40, 16, 12),
+        case("Swin-UMamba stage 3", 2, 768, 20, 20, 16, 24),
+        case("MTAIR stage 2", 1, 192, 64, 64, 16, 6),
+    ),
 }
 
 

@@ -35,6 +35,12 @@ PRESETS = {
         case("LongMamba, L 196608 -> 16384", 1, 16384, 64, 64, 128),
         case("HybriDNA, L 131072 -> 16384", 1, 16384, 32, 64, 128),
     ),
+    "long": (
+        case("mmMamba, 103K tokens", 1, 103_000, 16, 128, 128, 16),
+        case("LongMamba, 65K tokens", 1, 65_536, 64, 64, 128),
+        case("LongMamba, 197K tokens", 1, 196_608, 64, 64, 128),
+        case("HybriDNA, 131K tokens", 1, 131_072, 32, 64, 128),
+    ),
     "vision": (case("VMamba-m0, batch 64 -> 8", 8, 3136, 24, 16, 64, 4),),
     "bidirectional": (case("Hydra-BERT, batch 128 -> 16", 16, 128, 24, 64, 64, hydra=1),),
 }
