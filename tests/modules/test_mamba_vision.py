@@ -26,7 +26,7 @@ def test_matches_twin(options, seqlen):
     check_module(MambaVisionMixer(6, **options), twin, torch.randn(2, seqlen, 6))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_other_dtypes(dtype):
     # every layer rounds what it hands on, and a gradient passes all of them twice
     check_module(MambaVisionMixer(6), twin, torch.randn(2, 9, 6), dtype=dtype, slack=20)

@@ -134,7 +134,7 @@ def test_scatter_is_for_disjoint_routes():
         RoutedSS2D(4, "cross", merge="scatter")(maps(4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_other_dtypes(dtype):
     module = RoutedSS2D(4, "atrous", d_state=2)
     # every layer rounds what it hands on, and a gradient passes all of them twice
