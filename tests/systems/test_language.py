@@ -443,7 +443,7 @@ def test_r12_longmamba(kind):
             return mamba(p, x, dt_filter=filtered)
         return mamba2(p, x, 4, dt_filter=filtered)
 
-    check_module(module, twin, tokens(9, 6), slack=1e4)
+    check_module(module, twin, tokens(9, 6), slack=1)
 
 
 def test_r12_the_filter_by_the_decay_of_a_text():
