@@ -1,0 +1,191 @@
+"""The models of transformers on statescan's operators, on any device."""
+
+import functools
+import importlib.abc
+import importlib.machinery
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import ModuleType
+
+from statescan.compat import causal_conv1d, mamba_ssm
+from statescan.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from statescan.compat.mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+from statescan.compat.mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from statescan.compat.mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+_MODELLING = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
+
+# What modelling files call, since transformers 5.15, by the names that they have for it. The fused
+# functions are not among them: transformers composes the same from these, and does more beside it
+# (masks of padding behind the convolution, adapters of the projections).
+_FUNCTIONS = {
+    "causal_conv1d_fn": causal_conv1d_fn,
+    "causal_conv1d_update": causal_conv1d_update,
+    "mamba_selective_scan": selective_scan_fn,
+    "mamba_selective_state_update": selective_state_update,
+    "mamba2_chunk_scan": mamba_chunk_scan_combined,
+    "mamba2_selective_state_update": selective_state_update,
+}
+
+# What they call before that.
+_PUBLISHED = {
+    "causal_conv1d_fn": causal_conv1d_fn,
+    "causal_conv1d_update": causal_conv1d_update,
+    "mamba_chunk_scan_combined": mamba_chunk_scan_combined,
+    "selective_scan_fn": selective_scan_fn,
+    "selective_state_update": selective_state_update,
+}
+
+_patches: ExitStack | None = None
+
+
+def patch_transformers() -> ExitStack:
+    """Routes the Mamba layers of transformers' models to statescan, on any device.
+
+    Mamba, Falcon-Mamba, Mamba-2, Falcon-H1, Bamba, Zamba, Zamba2, Jamba, Nemotron-H,
+    Granite-MoE-hybrid, and the convolutions of LFM2 and of all others that have one: those that are
+    imported already, models that exist already, and those that will be. Training, prefill and
+    generation with caches; results are those of transformers' own torch code up to rounding.
+
+    Releases 5.0 and newer. Exported programs (torch.export) keep the torch code, as with other
+    kernels.
+
+    Returns:
+        A context manager that undoes the patch, as `unpatch_transformers` does. It does nothing if
+        transformers was patched already.
+
+    Raises:
+        ImportError: if transformers is not installed, or is older than 5.0.
+    """
+    global _patches
+    if _patches is not None:
+        return ExitStack()
+    _check_version()
+    _patches = ExitStack()
+    for name, module in list(sys.modules.items()):
+        if _MODELLING.fullmatch(name):
+            _patch(module)
+    finder = _PatchingFinder()
+    sys.meta_path.insert(0, finder)
+    _patches.callback(sys.meta_path.remove, finder)
+    undo = ExitStack()
+    undo.callback(unpatch_transformers)
+    return undo
+
+
+def unpatch_transformers() -> None:
+    """Undoes `patch_transformers`."""
+    global _patches
+    if _patches is not None:
+        _patches.close()
+        _patches = None
+
+
+def _check_version() -> None:
+    import transformers
+
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        raise ImportError(
+            "statescan.compat.patch_transformers needs transformers 5.0 or newer, "
+            f"got {transformers.__version__}"
+        )
+
+
+class _PatchingFinder(importlib.abc.MetaPathFinder):
+    """Patches modelling files when they are imported."""
+
+    def find_spec(self, name, path, target=None):
+        if not _MODELLING.fullmatch(name):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_patch(module):
+            execute(module)
+            if _patches is not None:
+                _patch(module)
+
+        spec.loader.exec_module = execute_and_patch
+        return spec
+
+
+def _patch(module: ModuleType) -> None:
+    if hasattr(module, "lazy_load_kernel") or hasattr(module, "is_fast_path_available"):
+        _patch_kernels_by_device(module)
+        return
+    for name, function in _FUNCTIONS.items():
+        if hasattr(module, name):
+            _set(module, name, _with_fallback(function, getattr(module, name)))
+
+
+def _set(owner: object, name: str, value: object) -> None:
+    """setattr, to be undone."""
+    if name in vars(owner):
+        _patches.callback(setattr, owner, name, vars(owner)[name])
+    else:
+        _patches.callback(setattr, owner, name, None)  # what is filled in later starts as None
+    setattr(owner, name, value)
+
+
+def _with_fallback(function: Callable, torch_function: Callable) -> Callable:
+    """`function` with the arguments it knows; `torch_function` for exported programs."""
+    from transformers.utils.import_utils import is_torchdynamo_exporting
+
+    known = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(torch_function)
+    def call(*args, **kwargs):
+        if is_torchdynamo_exporting():
+            return torch_function(*args, **kwargs)
+        return function(*args, **{k: v for k, v in kwargs.items() if k in known})
+
+    return call
+
+
+# ---- before 5.15: a mixer has two forwards, and takes the one for kernels on a GPU only
+
+
+def _patch_kernels_by_device(module: ModuleType) -> None:
+    mixers = [cls for cls in vars(module).values() if hasattr(cls, "cuda_kernels_forward")]
+    if not mixers:
+        return
+    # Each new mixer fills the module's globals from what lazy_load_kernel gives.
+    if hasattr(module, "lazy_load_kernel"):
+        _set(module, "lazy_load_kernel", _load_kernel)
+    for name, function in _PUBLISHED.items():
+        _set(module, name, function)
+    for cls in mixers:
+        _set(cls, "forward", _kernels_forward(cls, module))
+
+
+def _load_kernel(name: str, *args, **kwargs) -> ModuleType | None:
+    return {
+        "causal-conv1d": causal_conv1d,
+        "mamba-ssm": mamba_ssm,
+        "falcon_mamba-ssm": mamba_ssm,
+    }.get(name)
+
+
+def _kernels_forward(cls: type, module: ModuleType) -> Callable:
+    """The forward for kernels, wherever tensors are. It is not told that it trains: then it would
+    call the fused functions, which know nothing of padding."""
+    original, kernels = cls.forward, cls.cuda_kernels_forward
+    known = tuple(inspect.signature(kernels).parameters)
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        config = getattr(self, "config", None)
+        if not getattr(config, "use_mamba_kernels", True) or module.causal_conv1d_fn is None:
+            return original(self, *args, **kwargs)
+        training, self.training = self.training, False
+        try:
+            return kernels(self, *args, **{k: v for k, v in kwargs.items() if k in known})
+        finally:
+            self.training = training
+
+    return forward
