@@ -10,24 +10,34 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from statescan.compat import causal_conv1d, mamba_ssm
 from statescan.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from statescan.compat.mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from statescan.compat.mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from statescan.compat.mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+from statescan.ops.gated_rms_norm import gated_rms_norm
 
 _MODELLING = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
 
-# What modelling files call, since transformers 5.15, by the names that they have for it. The fused
-# functions are not among them: transformers composes the same from these, and does more beside it
-# (masks of padding behind the convolution, adapters of the projections).
+
+def _decline(*args, **kwargs) -> None:
+    """In place of the fused functions: transformers composes the same from the others, and does
+    more beside it (padding is masked behind the convolution too, adapters of projections apply)."""
+
+
+# What modelling files call, since transformers 5.15, by the names that they have for it.
 _FUNCTIONS = {
     "causal_conv1d_fn": causal_conv1d_fn,
     "causal_conv1d_update": causal_conv1d_update,
+    "mamba_inner_fn": _decline,
     "mamba_selective_scan": selective_scan_fn,
     "mamba_selective_state_update": selective_state_update,
     "mamba2_chunk_scan": mamba_chunk_scan_combined,
     "mamba2_selective_state_update": selective_state_update,
+    "mamba2_split_conv1d_scan_combined": _decline,
 }
 
 # What they call before that.
@@ -115,12 +125,31 @@ class _PatchingFinder(importlib.abc.MetaPathFinder):
 
 
 def _patch(module: ModuleType) -> None:
-    if hasattr(module, "lazy_load_kernel") or hasattr(module, "is_fast_path_available"):
+    if hasattr(module, "is_fast_path_available") or hasattr(module, "lazy_load_kernel"):
         _patch_kernels_by_device(module)
         return
     for name, function in _FUNCTIONS.items():
         if hasattr(module, name):
-            _set(module, name, _with_fallback(function, getattr(module, name)))
+            _set(module, name, _unless_exporting(function, getattr(module, name)))
+    if hasattr(module, "mamba2_chunk_scan"):
+        _patch_norms(module)
+
+
+def _patch_norms(module: ModuleType) -> None:
+    for cls in list(vars(module).values()):
+        if isinstance(cls, type) and cls.__name__.endswith("RMSNormGated"):
+            _set(cls, "forward", _unless_exporting(_gated_norm, cls.forward))
+
+
+def _gated_norm(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+    """The forward of the norm in a mixer of Mamba-2."""
+    groups = getattr(self, "n_groups", 1)
+    return gated_rms_norm(
+        hidden_states, self.weight, None, gate, eps=self.variance_epsilon,
+        group_size=getattr(self, "group_size", hidden_states.shape[-1] // groups),
+        norm_before_gate=getattr(self, "norm_before_gate", False),
+        out_dtype=torch.promote_types(hidden_states.dtype, self.weight.dtype),
+    )  # fmt: skip
 
 
 def _set(owner: object, name: str, value: object) -> None:
@@ -132,7 +161,7 @@ def _set(owner: object, name: str, value: object) -> None:
     setattr(owner, name, value)
 
 
-def _with_fallback(function: Callable, torch_function: Callable) -> Callable:
+def _unless_exporting(function: Callable, torch_function: Callable) -> Callable:
     """`function` with the arguments it knows; `torch_function` for exported programs."""
     from transformers.utils.import_utils import is_torchdynamo_exporting
 
@@ -161,6 +190,7 @@ def _patch_kernels_by_device(module: ModuleType) -> None:
         _set(module, name, function)
     for cls in mixers:
         _set(cls, "forward", _kernels_forward(cls, module))
+    _patch_norms(module)
 
 
 def _load_kernel(name: str, *args, **kwargs) -> ModuleType | None:

@@ -7,12 +7,15 @@ from statescan.compat.mamba_ssm.ops.selective_scan_interface import (
     selective_scan_fn,
 )
 
+falcon_mamba_inner_fn = mamba_inner_fn  # as the package of Falcon-Mamba's kernels calls it
+
 __version__ = "2.3.2.post1+statescan"
 __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba3",
     "MambaLMHeadModel",
+    "falcon_mamba_inner_fn",
     "mamba_inner_fn",
     "selective_scan_fn",
 ]

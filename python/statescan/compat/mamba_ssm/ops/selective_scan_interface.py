@@ -154,11 +154,7 @@ def _projections(x, x_proj_weight, delta_proj_weight, A, B, C):
     """delta, (batch, dim, seqlen), and B and C, (batch, seqlen, state), where they come from x."""
     _check_real(A=A)
     state = A.shape[1]
-    sizes = (
-        delta_proj_weight.shape[1],
-        0 if B is not None else state,
-        0 if C is not None else state,
-    )
+    sizes = (delta_proj_weight.shape[1], *(state if given is None else 0 for given in (B, C)))
     rank, x_B, x_C = F.linear(x.transpose(1, 2), x_proj_weight).split(sizes, dim=-1)
     return F.linear(rank, delta_proj_weight).transpose(1, 2), x_B, x_C
 

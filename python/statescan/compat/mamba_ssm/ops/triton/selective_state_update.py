@@ -38,9 +38,11 @@ def selective_state_update(
         out, in the shape of ``x``.
     """
     tensors = (state, x, dt, A, B, C, D, z, dt_bias)
-    if state_batch_indices is None and torch.is_grad_enabled():
-        if any(t is not None and t.requires_grad for t in tensors):
-            return _differentiable_update(*tensors, dt_softplus)
+    differentiate = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors
+    )
+    if differentiate and state_batch_indices is None:
+        return _differentiable_update(*tensors, dt_softplus)
     return statescan.selective_state_update(*tensors, dt_softplus, state_batch_indices)
 
 

@@ -33,10 +33,8 @@ def chunk_scan(
     """
     heads, seqlen = x.shape[2], x.shape[1]
     chunks, chunk = dt.shape[2:]
-    x_chunks, B, C = (
-        in_chunks(t.to(dt.dtype), chunks, chunk)
-        for t in (x, per_head(B, heads), per_head(C, heads))
-    )
+    B, C = per_head(B, heads), per_head(C, heads)
+    x_chunks, B, C = (in_chunks(t.to(dt.dtype), chunks, chunk) for t in (x, B, C))
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
     between = dA_cumsum[..., :, None] - dA_cumsum[..., None, :]  # (batch, head, chunks, l, s)
     decay = between.masked_fill(later, -torch.inf).exp()
