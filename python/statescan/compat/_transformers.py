@@ -7,8 +7,8 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
-from types import ModuleType
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -163,13 +163,11 @@ def _set(owner: object, name: str, value: object) -> None:
 
 def _unless_exporting(function: Callable, torch_function: Callable) -> Callable:
     """`function` with the arguments it knows; `torch_function` for exported programs."""
-    from transformers.utils.import_utils import is_torchdynamo_exporting
-
     known = tuple(inspect.signature(function).parameters)
 
     @functools.wraps(torch_function)
     def call(*args, **kwargs):
-        if is_torchdynamo_exporting():
+        if torch.compiler.is_exporting():
             return torch_function(*args, **kwargs)
         return function(*args, **{k: v for k, v in kwargs.items() if k in known})
 
@@ -180,7 +178,11 @@ def _unless_exporting(function: Callable, torch_function: Callable) -> Callable:
 
 
 def _patch_kernels_by_device(module: ModuleType) -> None:
-    mixers = [cls for cls in vars(module).values() if hasattr(cls, "cuda_kernels_forward")]
+    mixers = [
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and hasattr(cls, "cuda_kernels_forward")
+    ]
     if not mixers:
         return
     # Each new mixer fills the module's globals from what lazy_load_kernel gives.
@@ -189,6 +191,8 @@ def _patch_kernels_by_device(module: ModuleType) -> None:
     for name, function in _PUBLISHED.items():
         _set(module, name, function)
     for cls in mixers:
+        if "cuda" in cls.cuda_kernels_forward.__code__.co_names:
+            _set(module, "torch", _torch_for_any_device())
         _set(cls, "forward", _kernels_forward(cls, module))
     _patch_norms(module)
 
@@ -204,18 +208,32 @@ def _load_kernel(name: str, *args, **kwargs) -> ModuleType | None:
 def _kernels_forward(cls: type, module: ModuleType) -> Callable:
     """The forward for kernels, wherever tensors are. It is not told that it trains: then it would
     call the fused functions, which know nothing of padding."""
-    original, kernels = cls.forward, cls.cuda_kernels_forward
+    torch_forward, kernels = cls.forward, cls.cuda_kernels_forward
     known = tuple(inspect.signature(kernels).parameters)
 
-    @functools.wraps(original)
-    def forward(self, *args, **kwargs):
-        config = getattr(self, "config", None)
-        if not getattr(config, "use_mamba_kernels", True) or module.causal_conv1d_fn is None:
-            return original(self, *args, **kwargs)
+    @functools.wraps(torch_forward)
+    def forward(self, hidden_states, *args, **kwargs):
+        if torch.compiler.is_exporting():
+            return torch_forward(self, hidden_states, *args, **kwargs)
+        if module.causal_conv1d_fn is None:  # by a mixer that was made with use_mamba_kernels=False
+            vars(module).update(_PUBLISHED)
+        kwargs = {k: v for k, v in kwargs.items() if k in known}
         training, self.training = self.training, False
         try:
-            return kernels(self, *args, **{k: v for k, v in kwargs.items() if k in known})
+            return kernels(self, hidden_states, *args, **kwargs)
         finally:
             self.training = training
 
     return forward
+
+
+def _torch_for_any_device() -> ModuleType:
+    """torch with a torch.cuda.device that lets tensors elsewhere pass: Falcon-H1 enters that of its
+    tensors around the scan."""
+
+    def device(of_tensors: torch.device) -> AbstractContextManager:
+        return torch.cuda.device(of_tensors) if of_tensors.type == "cuda" else nullcontext()
+
+    anywhere = ModuleType("torch")
+    vars(anywhere).update(vars(torch), cuda=SimpleNamespace(device=device))
+    return anywhere
