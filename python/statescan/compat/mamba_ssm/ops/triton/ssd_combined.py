@@ -165,7 +165,8 @@ def ssd_selective_scan(
     _, _, heads, headdim = x.shape
     if dt_bias is not None:
         dt = dt + (dt_bias[:, None] if dt.dim() > dt_bias.dim() + 2 else dt_bias)
-    dt = (F.softplus(dt.float()) if dt_softplus else dt).clamp(*dt_limit)
+    dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
     if A.dim() == 1:
         A = A.repeat_interleave(headdim)[:, None].expand(-1, B.shape[-1])
     if D is not None:
