@@ -42,11 +42,15 @@ demo: $(VENV)/.statescan $(VENV)/.statescan-examples
 	@echo
 	@env -u OMP_WAIT_POLICY $(PY) -m statescan.bench --quick
 
-test: $(VENV)/.statescan $(VENV)/.statescan-tests
+OLDER := $(VENV)/older-transformers
+
+test: $(VENV)/.statescan $(VENV)/.statescan-tests $(OLDER)/.installed
 	@set -e; for isa in $(ISAS); do \
 	  echo "== all tests, with the kernels for $$isa"; \
 	  STATESCAN_ISA=$$isa $(PY) -m pytest $(PYTEST) tests --ignore=tests/simt; \
 	done
+	@echo "== transformers before 5.15, which chooses kernels in another way"
+	@PYTHONPATH=$(OLDER) $(PY) -m pytest $(PYTEST) tests/compat/test_transformers.py
 	@echo "== the CUDA kernels, on the emulator"
 	@$(PY) -m pytest $(PYTEST) tests/simt
 
@@ -120,6 +124,12 @@ $(VENV)/.statescan-examples: $(VENV)/.torch examples/requirements.txt
 
 $(VENV)/.statescan-tests: $(VENV)/.torch tests/requirements.txt examples/requirements.txt
 	@$(PIP) install --quiet -r tests/requirements.txt
+	@touch $@
+
+# Beside the present release, in a folder that only its own tests see.
+$(OLDER)/.installed: $(PY) tests/older-transformers.txt
+	@rm -rf $(OLDER)
+	@$(PIP) install --quiet --target $(OLDER) -r tests/older-transformers.txt
 	@touch $@
 
 $(VENV)/.statescan-dev: $(VENV)/.torch tests/requirements.txt requirements-dev.txt

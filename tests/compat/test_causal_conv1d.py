@@ -242,15 +242,11 @@ def test_compiled_module_of_every_version():
 
     tokens = x[..., 0].contiguous()
     want_step, want_state = functional_update(tokens, initial, weight, bias, "silu")
-    for rest in (
-        (True,),
-        (True, None),
-        (True, None, None),
-        (torch.empty_like(tokens), True, None, None),
-    ):
+    place = torch.empty_like(tokens)
+    for rest in ((True,), (True, None), (True, None, None), (place, True, None, None)):
         state = initial.clone()
         out = causal_conv1d_cuda.causal_conv1d_update(tokens, state, weight, bias, *rest)
-        assert_close("step", rest[0] if len(rest) == 4 else out, want_step)
+        assert_close("step", place if out is None else out, want_step)
         assert_close("state", state, want_state)
     with pytest.raises(TypeError, match="causal_conv1d_fwd takes 4, 5, 7, 8 arguments"):
         fwd(x, weight, bias, None, None, True)

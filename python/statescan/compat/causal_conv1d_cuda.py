@@ -54,7 +54,7 @@ def causal_conv1d_bwd(
         x, weight, bias, dout, *states, dx, dinitial_states is not None, silu
     )
     dweight.add_(more_dweight)
-    if dbias is not None:
+    if bias is not None:
         dbias.add_(more_dbias)
     if dinitial_states is not None:
         dinitial_states.copy_(more_dinitial_states)
