@@ -50,6 +50,7 @@ test: $(VENV)/.statescan $(VENV)/.statescan-tests $(OLDER)/.installed
 	  STATESCAN_ISA=$$isa $(PY) -m pytest $(PYTEST) tests --ignore=tests/simt; \
 	done
 	@echo "== transformers before 5.15, which chooses kernels in another way"
+	@PYTHONPATH=$(OLDER) $(PY) -c 'import transformers as t; assert "$(OLDER)" in t.__file__'
 	@PYTHONPATH=$(OLDER) $(PY) -m pytest $(PYTEST) tests/compat/test_transformers.py
 	@echo "== the CUDA kernels, on the emulator"
 	@$(PY) -m pytest $(PYTEST) tests/simt

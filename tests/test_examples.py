@@ -40,6 +40,16 @@ def test_digits_are_read_and_routes_drawn(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_transformers_train_save_load_and_generate(tmp_path):
+    out = run(
+        "generate.py", "--minutes", "0.02", "--hidden", "32", "--layers", "2",
+        "--bytes", "20", "--directory", tmp_path,
+    )  # fmt: skip
+    assert float(re.search(r"loss ([\d.]+)", out)[1]) < 5.6
+    assert "the same text" in out
+    assert (tmp_path / "model.safetensors").stat().st_size > 10_000
+
+
 def test_code_of_the_readme():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     names = {}

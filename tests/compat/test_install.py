@@ -79,11 +79,12 @@ def test_as_a_context_manager():
 
 
 def test_versions_are_what_transformers_looks_at():
-    utils = pytest.importorskip("transformers.utils.import_utils", exc_type=ModuleNotFoundError)
+    from transformers.utils import import_utils
+
     with compat.install():
         for name in ("mamba_ssm", "causal_conv1d"):
             assert importlib.import_module(name).__version__.endswith("+statescan")
-            available, version = utils._is_package_available(name, return_version=True)
+            available, version = import_utils._is_package_available(name, return_version=True)
             assert available and version == getattr(compat, name).__version__
 
 

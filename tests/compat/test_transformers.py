@@ -10,12 +10,11 @@ import sys
 
 import pytest
 import torch
+import transformers
+from calls import Calls
+from models import FAMILIES, SINCE_5_15, prompt
 from statescan import compat
 from statescan.testing import assert_close, relative_error
-
-transformers = pytest.importorskip("transformers", exc_type=ModuleNotFoundError)
-from calls import Calls  # noqa: E402
-from models import FAMILIES, SINCE_5_15, prompt  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 families = pytest.mark.parametrize("family", FAMILIES)
