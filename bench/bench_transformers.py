@@ -22,7 +22,9 @@ from statescan.bench.__main__ import keep_freed_memory
 from statescan.bench.report import format_seconds, machine_line
 from statescan.testing import relative_error
 
-LIMIT = 1e-3  # of the difference between both, after all layers
+# Of the difference between both. Rounding grows through 24 random layers: in float32 the gradients
+# of either are 2e-3 to 5e-3 from those in float64.
+LIMIT = 2e-2
 
 
 @dataclass(frozen=True)
