@@ -14,6 +14,7 @@ NAMES = (
     "selective_scan_cuda_oflex", "causal_conv1d_cuda",
 )  # fmt: skip
 IMPORTS = """
+import mamba_ssm
 from mamba_ssm import selective_scan_fn, mamba_inner_fn, Mamba3
 from mamba_ssm.ops.selective_scan_interface import selective_scan_ref, mamba_inner_ref
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -29,8 +30,11 @@ from mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from mamba_ssm.ops.triton.layernorm import RMSNorm, layer_norm_fn, rms_norm_fn
 from mamba_ssm.modules.ssd_minimal import ssd_minimal_discrete
 from mamba_ssm.utils.generation import InferenceParams
-import mamba_ssm.modules.mamba_simple, mamba_ssm.modules.mamba2
-import mamba_ssm.models.mixer_seq_simple
+from mamba_ssm import Mamba, Mamba2, MambaLMHeadModel
+from mamba_ssm.modules.mamba_simple import Mamba
+from mamba_ssm.modules.mamba2 import Mamba2
+from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+from mamba_ssm.models.config_mamba import MambaConfig
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref
 from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states

@@ -1,6 +1,7 @@
 """What the package mamba_ssm offers, computed by statescan."""
 
-from statescan.compat._lazy import from_modules
+import importlib
+
 from statescan.compat.mamba_ssm.modules.mamba3 import Mamba3
 from statescan.compat.mamba_ssm.ops.selective_scan_interface import (
     mamba_inner_fn,
@@ -19,4 +20,16 @@ __all__ = [
     "mamba_inner_fn",
     "selective_scan_fn",
 ]
-__getattr__ = from_modules(__name__, Mamba="Mamba", Mamba2="Mamba2", MambaLMHeadModel="MambaLM")
+
+# Imported when they are first asked for: who needs operators only does not pay for models.
+_MODULES = {
+    "Mamba": "modules.mamba_simple",
+    "Mamba2": "modules.mamba2",
+    "MambaLMHeadModel": "models.mixer_seq_simple",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,5 +1,5 @@
 """`statescan.modules.Mamba2`, where mamba_ssm has it."""
 
-from statescan.compat._lazy import from_modules
+from statescan.modules import Mamba2
 
-__getattr__ = from_modules(__name__, Mamba2="Mamba2")
+__all__ = ["Mamba2"]

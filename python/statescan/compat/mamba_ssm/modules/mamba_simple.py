@@ -1,5 +1,5 @@
 """`statescan.modules.Mamba`, where mamba_ssm has it."""
 
-from statescan.compat._lazy import from_modules
+from statescan.modules import Mamba
 
-__getattr__ = from_modules(__name__, Mamba="Mamba")
+__all__ = ["Mamba"]
