@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,3 +355,15 @@ def test_progress_bar_on_a_terminal():
         progress.finish_case()
     assert "[........................] 0/2 first: detail" in terminal.getvalue()
     assert plain.getvalue() == "[1/2] first\n"
+
+
+def test_whole_models(monkeypatch):
+    """bench/bench_transformers.py compares, times and prints every case."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "bench")
+    bench_transformers = importlib.import_module("bench_transformers")
+    results = bench_transformers.main(
+        ["--layers", "1", "--hidden", "64", "--seqlen", "16", "--rounds", "1"]
+    )
+    assert [result["model"] for result in results] == ["Mamba", "Mamba", "Mamba2", "Mamba2"]
+    for result in results:
+        assert result["difference"] < 1e-4 and result["torch"] and result["statescan"]

@@ -14,6 +14,7 @@ import transformers
 from calls import Calls
 from models import FAMILIES, SINCE_5_15, prompt
 from statescan import compat
+from statescan.ops import _register
 from statescan.testing import assert_close, relative_error
 
 transformers.logging.set_verbosity_error()
@@ -192,6 +193,17 @@ def test_patch_of_what_is_imported_later():
     with compat.patch_transformers():
         assert call() == {"causal_conv1d_fwd"}
     assert call() == set()
+
+
+def test_devices_without_kernels_keep_the_torch_code(monkeypatch):
+    model = FAMILIES["mamba2"].build()
+    ids, mask = prompt()
+    want = logits(model, ids, mask)
+    monkeypatch.setattr(_register, "_lacking", {("ssd_scan_fwd", "cpu")})
+    with compat.patch_transformers(), Calls() as calls:
+        assert_close("logits", logits(model, ids, mask), want, slack=2)
+    assert "ssd_scan_fwd" not in calls.names
+    assert ("causal_conv1d_fwd" in calls.names) == SINCE_5_15  # one by one, or all of a mixer
 
 
 def everything(module):

@@ -18,6 +18,7 @@ from statescan.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_updat
 from statescan.compat.mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from statescan.compat.mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from statescan.compat.mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+from statescan.ops import _register
 from statescan.ops.gated_rms_norm import gated_rms_norm
 
 _MODELLING = re.compile(r"transformers\.models\.\w+\.modeling_\w+")
@@ -49,6 +50,15 @@ _PUBLISHED = {
     "selective_state_update": selective_state_update,
 }
 
+# What each function calls.
+_OPERATORS = {
+    causal_conv1d_fn: "causal_conv1d_fwd",
+    causal_conv1d_update: "causal_conv1d_update",
+    mamba_chunk_scan_combined: "ssd_scan_fwd",
+    selective_scan_fn: "selective_scan_fwd",
+    selective_state_update: "selective_state_update",
+}
+
 _patches: ExitStack | None = None
 
 
@@ -60,8 +70,8 @@ def patch_transformers() -> ExitStack:
     imported already, models that exist already, and those that will be. Training, prefill and
     generation with caches; results are those of transformers' own torch code up to rounding.
 
-    Releases 5.0 and newer. Exported programs (torch.export) keep the torch code, as with other
-    kernels.
+    Releases 5.0 and newer. What transformers has itself stays in use for exported programs
+    (torch.export), and on devices that an operator has no kernel for.
 
     Returns:
         A context manager that undoes the patch, as `unpatch_transformers` does. It does nothing if
@@ -130,7 +140,7 @@ def _patch(module: ModuleType) -> None:
         return
     for name, function in _FUNCTIONS.items():
         if hasattr(module, name):
-            _set(module, name, _unless_exporting(function, getattr(module, name)))
+            _set(module, name, _served_or(getattr(module, name), function))
     if hasattr(module, "mamba2_chunk_scan"):
         _patch_norms(module)
 
@@ -138,7 +148,7 @@ def _patch(module: ModuleType) -> None:
 def _patch_norms(module: ModuleType) -> None:
     for cls in list(vars(module).values()):
         if isinstance(cls, type) and cls.__name__.endswith("RMSNormGated"):
-            _set(cls, "forward", _unless_exporting(_gated_norm, cls.forward))
+            _set(cls, "forward", _served_or(cls.forward, _gated_norm))
 
 
 def _gated_norm(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
@@ -152,6 +162,9 @@ def _gated_norm(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tens
     )  # fmt: skip
 
 
+_OPERATORS[_gated_norm] = "gated_rms_norm_fwd"
+
+
 def _set(owner: object, name: str, value: object) -> None:
     """setattr, to be undone."""
     if name in vars(owner):
@@ -161,17 +174,36 @@ def _set(owner: object, name: str, value: object) -> None:
     setattr(owner, name, value)
 
 
-def _unless_exporting(function: Callable, torch_function: Callable) -> Callable:
-    """`function` with the arguments it knows; `torch_function` for exported programs."""
-    known = tuple(inspect.signature(function).parameters)
+def _served_or(torch_function: Callable, function: Callable) -> Callable:
+    """`function` with the arguments it knows; `torch_function` for exported programs, and on
+    devices that the operator has no kernel for."""
+    known = _arguments(function)
+    devices = _served_devices(function)
 
     @functools.wraps(torch_function)
     def call(*args, **kwargs):
-        if torch.compiler.is_exporting():
+        tensor = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        if tensor.device.type not in devices or torch.compiler.is_exporting():
             return torch_function(*args, **kwargs)
-        return function(*args, **{k: v for k, v in kwargs.items() if k in known})
+        return function(*args, **known(kwargs))
 
     return call
+
+
+def _arguments(function: Callable) -> Callable[[dict], dict]:
+    """Picks the keywords that `function` knows."""
+    names = tuple(inspect.signature(function).parameters)
+    return lambda kwargs: {k: v for k, v in kwargs.items() if k in names}
+
+
+def _served_devices(*functions: Callable) -> tuple[str, ...]:
+    """Types of devices on which all that `functions` call has kernels."""
+    names = [_OPERATORS[function] for function in functions if function in _OPERATORS]
+    return tuple(
+        device
+        for device in ("cpu", "cuda", "meta")
+        if all(_register.has_kernel(name, device) for name in names)
+    )
 
 
 # ---- before 5.15: a mixer has two forwards, and takes the one for kernels on a GPU only
@@ -208,19 +240,21 @@ def _load_kernel(name: str, *args, **kwargs) -> ModuleType | None:
 def _kernels_forward(cls: type, module: ModuleType) -> Callable:
     """The forward for kernels, wherever tensors are. It is not told that it trains: then it would
     call the fused functions, which know nothing of padding."""
-    torch_forward, kernels = cls.forward, cls.cuda_kernels_forward
-    known = tuple(inspect.signature(kernels).parameters)
+    kernels = cls.cuda_kernels_forward
+    torch_forward = getattr(cls, "torch_forward", None) or cls.slow_forward
+    known, known_to_torch = _arguments(kernels), _arguments(torch_forward)
+    used = kernels.__code__.co_names
+    devices = _served_devices(*(_PUBLISHED[name] for name in used if name in _PUBLISHED))
 
-    @functools.wraps(torch_forward)
+    @functools.wraps(cls.forward)
     def forward(self, hidden_states, *args, **kwargs):
-        if torch.compiler.is_exporting():
-            return torch_forward(self, hidden_states, *args, **kwargs)
+        if hidden_states.device.type not in devices or torch.compiler.is_exporting():
+            return torch_forward(self, hidden_states, *args, **known_to_torch(kwargs))
         if module.causal_conv1d_fn is None:  # by a mixer that was made with use_mamba_kernels=False
             vars(module).update(_PUBLISHED)
-        kwargs = {k: v for k, v in kwargs.items() if k in known}
         training, self.training = self.training, False
         try:
-            return kernels(self, hidden_states, *args, **kwargs)
+            return kernels(self, hidden_states, *args, **known(kwargs))
         finally:
             self.training = training
 

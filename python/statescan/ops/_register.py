@@ -13,6 +13,13 @@ NO_CUDA = (
     "build it"
 )
 
+_lacking: set[tuple[str, str]] = set()  # operator and type of device
+
+
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether the operator `name` runs on tensors of that type of device ("meta": their shapes)."""
+    return device_type in ("cpu", "cuda", "meta") and (name, device_type) not in _lacking
+
 
 def check_floats(**tensors: Tensor | None) -> None:
     """NotImplementedError for the first tensor with a dtype that no kernel has."""
@@ -62,3 +69,4 @@ def no_kernel_on(name: str, *devices: str) -> None:
     for device in devices:
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"statescan::{name}", device):
             torch.library.impl(f"statescan::{name}", device, kernel)
+            _lacking.add((name, device.lower()))
