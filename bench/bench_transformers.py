@@ -3,7 +3,8 @@
     python bench/bench_transformers.py [--case "Mamba prefill"] [--layers 24] [--json FILE]
 
 Random weights, 24 layers of 768 as in Mamba-130M. Outputs, or loss and every gradient, are compared
-before anything is timed. Both run in turn, round by round, the slow one in fewer rounds.
+before anything is timed. Both run in turn, round by round, the slow one in fewer rounds. Memory is
+allocated as in any program: unlike python -m statescan.bench, freed memory is not kept.
 """
 
 import argparse
@@ -18,7 +19,6 @@ import torch
 import transformers
 from statescan import compat
 from statescan.bench import machine
-from statescan.bench.__main__ import keep_freed_memory
 from statescan.bench.report import format_seconds, machine_line
 from statescan.testing import relative_error
 
@@ -123,7 +123,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=60, help="seconds for the torch code")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--default-allocator", action="store_true", help="as in statescan.bench")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
@@ -146,5 +145,4 @@ def main(arguments: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     main()
