@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from calls import Calls
-from models import FAMILIES, SINCE_5_15, prompt
+from families import FAMILIES, SINCE_5_15, prompt
 from statescan import compat
 from statescan.ops import _register
 from statescan.testing import assert_close, relative_error
@@ -246,7 +246,7 @@ import torch
 from statescan import compat
 compat.install()
 from calls import Calls
-from models import FAMILIES, prompt
+from families import FAMILIES, prompt
 from test_transformers import train
 torch.manual_seed(0)
 ids, mask = prompt(padding=0)
