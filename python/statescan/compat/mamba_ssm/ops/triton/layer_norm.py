@@ -43,7 +43,7 @@ def layer_norm_fn(
         The norm; followed by the second norm, if there is weight1; followed by the sum, if asked.
     """
     if return_dropout_mask:
-        raise NotImplementedError("return_dropout_mask=True is not supported: torch has the mask")
+        raise NotImplementedError("return_dropout_mask=True is not supported: torch draws the mask")
     return _norms(
         partial(statescan.gated_rms_norm, eps=eps, subtract_mean=not is_rms_norm),
         _added(x, x1, rowscale, dropout_p), residual, ((weight, bias), (weight1, bias1)), prenorm,
@@ -198,11 +198,11 @@ def _dropped(x, p, mask):
 
 def _norms(norm, x, residual, weights, prenorm, residual_in_fp32=False):
     """The norm of x + residual with each of the weights there are, and that sum if asked."""
-    (weight, bias), *others = [pair for pair in weights if pair[0] is not None]
-    first, added = norm(
-        x, weight, bias, residual=residual, return_residual=True,
-        residual_dtype=torch.float32 if residual is None and residual_in_fp32 else None,
-    )  # fmt: skip
-    outputs = (first, *(norm(x, *pair, residual=residual) for pair in others))
-    outputs += (added,) * prenorm
-    return outputs if len(outputs) > 1 else first
+    first, *others = [pair for pair in weights if pair[0] is not None]
+    rest = tuple(norm(x, *pair, residual=residual) for pair in others)
+    if prenorm:
+        dtype = torch.float32 if residual is None and residual_in_fp32 else None
+        y, added = norm(x, *first, residual=residual, return_residual=True, residual_dtype=dtype)
+        return (y, *rest, added)
+    y = norm(x, *first, residual=residual)
+    return (y, *rest) if rest else y

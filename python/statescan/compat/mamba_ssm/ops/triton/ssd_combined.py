@@ -84,17 +84,17 @@ def mamba_chunk_scan_combined(
     if cu_seqlens is not None:
         seq_idx = None
         initial_states = _first_of(initial_states, cu_seqlens)
-    out, states = statescan.ssd_scan(
+    wanted = bool(return_final_states or return_varlen_states)
+    result = statescan.ssd_scan(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit,
-        initial_states=initial_states, return_final_states=True, seq_idx=seq_idx,
+        initial_states=initial_states, return_final_states=wanted, seq_idx=seq_idx,
         cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    outputs = (out,)
-    if return_final_states:
-        outputs += (states if cu_seqlens is None else states[-1:],)
-    if return_varlen_states:
-        outputs += (states,)
-    return outputs if len(outputs) > 1 else out
+    if not wanted:
+        return result
+    out, states = result
+    final = (states if cu_seqlens is None else states[-1:],) if return_final_states else ()
+    return (out, *final, states) if return_varlen_states else (out, *final)
 
 
 def _first_of(initial_states: Tensor | None, cu_seqlens: Tensor) -> Tensor | None:
