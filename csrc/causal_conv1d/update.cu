@@ -15,13 +15,6 @@ namespace {
 
 constexpr int kThreads = 64;  // few: a small batch spreads over more SMs
 
-// -1: there is none.
-__device__ __forceinline__ int64_t slot_at(const UpdateParams& p, int64_t b) {
-  if (!p.slot_of) return b;
-  const int64_t slot = p.slot_of.at(b);
-  return slot < p.slots ? slot : -1;
-}
-
 template <class R>
 __device__ __forceinline__ void store_y(const UpdateParams& p, int64_t b, int64_t c, int64_t t,
                                         R y) {
@@ -38,7 +31,7 @@ __global__ __launch_bounds__(kThreads) void short_state_kernel(const UpdateParam
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
     int64_t c;
-    const int64_t b = dim.divide(task, c), slot = slot_at(p, b);
+    const int64_t b = dim.divide(task, c), slot = slot_at(p.slot_of, p.slots, b);
     T* y = static_cast<T*>(p.y.data) + b * p.y.stride[0] + c * p.y.stride[1];
     if (slot < 0) {
       for (int64_t t = 0; t < p.tokens; ++t) y[t * p.y.stride[2]] = from_number<T>(0);
@@ -133,7 +126,7 @@ __global__ __launch_bounds__(kThreads) void any_state_kernel(const UpdateParams 
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
     int64_t c;
-    const int64_t b = dim.divide(task, c), slot = slot_at(p, b);
+    const int64_t b = dim.divide(task, c), slot = slot_at(p.slot_of, p.slots, b);
     const AnyState state(p, b, c, slot);
     const int64_t width = slot < 0 ? 0 : p.width;  // what is skipped gives activate(0) = 0
 #pragma unroll 1

@@ -110,11 +110,26 @@ struct Rows {
     }
   }
 
+  // From lines of numbers at any address of 16 bytes, in shared memory for instance.
+  __device__ __forceinline__ void load_projections(const Params& p, const Place& at, const X* B_t,
+                                                   const X* C_t) {
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+      const int64_t n = number(at, j);
+      B[j] = {}, C[j] = {};
+      if (n < p.state) B[j].load(B_t, n), C[j].load(C_t, n);
+    }
+  }
+
+  __device__ __forceinline__ void load_x(const Params& p, const Place& at, int64_t t) {
+    const int own = at.lane % kRows;
+    x = at.has(own) ? at_row(p.x, at.b, t, at.head, at.row(own)) : Raw{};
+  }
+
   __device__ __forceinline__ void load_token(const Params& p, const Place& at, int64_t t) {
-    x = dt = z = {};
+    dt = z = {};
     const int own = at.lane % kRows;
     if (!at.has(own)) return;
-    x = at_row(p.x, at.b, t, at.head, at.row(own));
     dt = at_row(p.dt, at.b, t, at.head, at.row(own));
     if (p.z) z = at_row(p.z, at.b, t, at.head, at.row(own));
   }
@@ -230,6 +245,13 @@ struct Rows {
     __syncwarp();
   }
 
+  // What is skipped: zeros.
+  static __device__ __forceinline__ void store_nothing(const Params& p, const Place& at) {
+    for (int64_t t = 0; p.compute_output && t < p.tokens; ++t) {
+      if (at.lane < kRows && at.has(at.lane)) store_y(p, at, t, at.row(at.lane), 0);
+    }
+  }
+
   static __device__ __forceinline__ void store_y(const Params& p, const Place& at, int64_t t,
                                                  int64_t row, float y) {
     const View<4>& v = p.y;
@@ -238,5 +260,18 @@ struct Rows {
                   y);
   }
 };
+
+// ---- on the host
+
+// Starts of lines of kVec numbers are as aligned as their loads want them.
+template <int kRank>
+inline bool in_lines(const View<kRank>& v, int64_t numbers) {
+  const int64_t bytes = element_bytes(v.dtype) * numbers;
+  const int64_t unit = (bytes < 16 ? bytes : 16) / element_bytes(v.dtype);
+  bool aligned = reinterpret_cast<uintptr_t>(v.data) % (unit * element_bytes(v.dtype)) == 0 &&
+                 v.stride[kRank - 1] == 1;
+  for (int i = 0; i + 1 < kRank; ++i) aligned = aligned && v.stride[i] % unit == 0;
+  return aligned;
+}
 
 }  // namespace statescan::selective_state_update::cuda
