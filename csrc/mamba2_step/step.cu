@@ -68,8 +68,8 @@ __device__ __forceinline__ int64_t input_offset(const UpdateParams& p, int64_t b
 
 // All that one output of the convolution takes, loaded before anything is computed from it.
 struct Window {
-  Raw in[kTaps], tap[kTaps],
-      bias;  // in order of time, the newest last; zeros before a shorter filter
+  Raw in[kTaps], tap[kTaps];  // in order of time, the newest last; zeros before a shorter filter
+  Raw bias;
 
   __device__ __forceinline__ void load(const UpdateParams& p, const Ring& ring, int64_t c,
                                        int64_t t) {
@@ -94,17 +94,15 @@ struct Window {
       const DType dtype = t + k < kTaps - 1 ? p.state.dtype : p.x.dtype;
       y += tap[k].number(p.weight.dtype) * in[k].number(dtype);
     }
-    y = causal_conv1d::activate(y, p.silu);
-    if (p.x.dtype == DType::kBFloat16) return to_number(from_number<BFloat16>(y));
-    if (p.x.dtype == DType::kFloat16) return to_number(from_number<Half>(y));
-    return y;
+    return Raw::of(causal_conv1d::activate(y, p.silu), p.x.dtype).number(p.x.dtype);
   }
 };
 
 __device__ __forceinline__ void keep_input(const UpdateParams& p, const Ring& ring, int64_t c,
                                            int64_t t) {
-  store_element(p.state.data, p.state.dtype, ring.offset(p, c, t),
-                load_element<float>(p.x.data, p.x.dtype, input_offset(p, ring.b, c, t)));
+  const Raw x = Raw::load(p.x.data, p.x.dtype, input_offset(p, ring.b, c, t));
+  Raw::of(x.number(p.x.dtype), p.state.dtype)
+      .store(p.state.data, p.state.dtype, ring.offset(p, c, t));
 }
 
 // B and C of a group for all tokens, (token, 2, state), by all threads.

@@ -25,6 +25,18 @@ struct Raw {
     }
     return raw;
   }
+  __device__ __forceinline__ static Raw of(float x, DType dtype) {
+    const uint32_t half =
+        dtype == DType::kFloat16 ? ptx::pack_f16(x, 0) : ptx::pack_bf16(x, 0);
+    return {dtype == DType::kFloat32 ? float_to_bits(x) : half};
+  }
+  __device__ __forceinline__ void store(void* data, DType dtype, int64_t offset) const {
+    if (dtype == DType::kFloat32) {
+      static_cast<uint32_t*>(data)[offset] = bits;
+    } else {
+      static_cast<uint16_t*>(data)[offset] = uint16_t(bits);
+    }
+  }
   __device__ __forceinline__ float number(DType dtype) const {
     const float half = ptx::f16_to_float(uint16_t(bits));
     return dtype == DType::kFloat32   ? bits_to_float(bits)
