@@ -264,7 +264,8 @@ def test_opcheck(tokens):
         torch.library.opcheck(
             torch.ops.statescan.mamba2_step.default,
             (x["zxbcdt"], x["conv_state"], x["ssm_state"], x["conv_weight"], x["conv_bias"],
-             x["dt_bias"], x["A"], x["D"], True, True, True, 0.0, 1.0, x["cache_seqlens"], None),
+             x["dt_bias"], x["A"], x["D"], x["norm_weight"], 1e-5, False, None, True, True,
+             0.0, 1.0, x["cache_seqlens"], None),
         )  # fmt: skip
 
 
@@ -359,8 +360,11 @@ ERRORS = {
     "activation": ({"activation": "relu"}, 'activation must be None, "silu" or "swish"'),
     "norm": (
         {"norm_weight": torch.zeros(23)},
-        r"weight must have shape \(dim\) = \[24\], got \[23\]",
+        r"norm_weight must have shape \(inner\) = \[24\], got \[23\]",
     ),
+    "norm groups": ({"norm_group_size": 5}, "norm_group_size must divide inner = 24, got 5"),
+    "norm of nothing": ({"norm_group_size": 0}, "norm_group_size must divide inner = 24, got 0"),
+    "eps": ({"norm_eps": -1.0}, "norm_eps must be at least 0, got -1"),
 }
 
 
@@ -371,7 +375,7 @@ def test_errors(changes, message):
 
 
 def test_dtypes_without_a_kernel():
-    for name in ("zxbcdt", "conv_state", "ssm_state", "conv_weight", "D"):
+    for name in ("zxbcdt", "conv_state", "ssm_state", "conv_weight", "D", "norm_weight"):
         inputs = sample()
         with pytest.raises(NotImplementedError, match=f"{name} must be float32, float16"):
             statescan.mamba2_step(**(inputs | {name: inputs[name].int()}))

@@ -55,9 +55,9 @@ STABLE_TORCH_LIBRARY(statescan, m) {
   // -> y (batch, [tokens,] inner); both states are changed in place
   m.def(
       "mamba2_step(Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor conv_weight, "
-      "Tensor? conv_bias, Tensor? dt_bias, Tensor A, Tensor? D, bool gate, bool silu, "
-      "bool dt_softplus, float dt_min, float dt_max, Tensor? cache_seqlens, "
-      "Tensor? state_batch_indices) -> Tensor");
+      "Tensor? conv_bias, Tensor? dt_bias, Tensor A, Tensor? D, Tensor? norm_weight, "
+      "float norm_eps, bool norm_before_gate, int? norm_group_size, bool silu, bool dt_softplus, "
+      "float dt_min, float dt_max, Tensor? cache_seqlens, Tensor? state_batch_indices) -> Tensor");
   // -> y, final_state (empty if not asked for)
   m.def(
       "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "

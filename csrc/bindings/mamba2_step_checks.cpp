@@ -1,5 +1,7 @@
 #include "bindings/mamba2_step.h"
 
+#include "gated_rms_norm/equations.h"
+
 namespace statescan::bindings {
 
 using selective_state_update::Shape;
@@ -65,6 +67,22 @@ StepSizes sizes_of(const StepArguments& in) {
   return n;
 }
 
+int64_t norm_group_size(const StepArguments& in, const StepSizes& n) {
+  return in.norm_group_size ? *in.norm_group_size : n.inner() / n.groups;
+}
+
+void check_norm(const StepArguments& in, const StepSizes& n) {
+  check_shape("norm_weight", *in.norm_weight, "(inner)", {n.inner()});
+  const int64_t size = norm_group_size(in, n);
+  if (n.inner() > 0 && (size < 1 || n.inner() % size != 0)) {
+    fail("norm_group_size must divide inner = " + std::to_string(n.inner()) + ", got " +
+         std::to_string(size));
+  }
+  if (!(in.norm_eps >= 0)) {
+    fail("norm_eps must be at least 0, got " + std::to_string(in.norm_eps));
+  }
+}
+
 void check_parameters(const StepArguments& in, const StepSizes& n) {
   check_shape("A", in.A, "(head)", {n.heads});
   if (in.dt_bias) check_shape("dt_bias", *in.dt_bias, "(head)", {n.heads});
@@ -84,6 +102,7 @@ void check_parameters(const StepArguments& in, const StepSizes& n) {
     fail("conv_state must have state_len of at least width - 1 = " + std::to_string(width - 1) +
          ", got " + std::to_string(state_len));
   }
+  if (in.norm_weight) check_norm(in, n);
   if (!(in.dt_min <= in.dt_max)) {
     fail("dt_limit must be (least, greatest), got (" + std::to_string(in.dt_min) + ", " +
          std::to_string(in.dt_max) + ")");
@@ -138,9 +157,26 @@ Shape step_shape(const StepArguments& in, const StepSizes& n) {
   if (n.state == 1) p.h.stride[3] = 1;
   p.dt = columns_of(in, n.mlp + n.inner() + n.conv, 1);
   p.dt.stride[3] = 0;
-  if (in.gate) p.z = columns_of(in, n.mlp, n.headdim);
+  if (!in.norm_weight) p.z = columns_of(in, n.mlp, n.headdim);
   p.A.data = in.A.data_ptr(), p.A.dtype = float_dtype("A", in.A), p.A.stride[0] = in.A.stride(0);
   p.D = per_head("D", in.D), p.dt_bias = per_head("dt_bias", in.dt_bias);
+  return p;
+}
+
+gated_rms_norm::Shape norm_shape(const StepArguments& in, const StepSizes& n) {
+  using gated_rms_norm::Gate;
+  gated_rms_norm::Shape p{};
+  p.rows = n.batch * n.tokens, p.dim = n.inner(), p.group_size = norm_group_size(in, n);
+  p.gate = in.norm_before_gate ? Gate::kAfter : Gate::kBefore;
+  p.eps = in.norm_eps;
+  p.compute = compute_dtype({{"zxbcdt", &in.zxbcdt}, {"norm_weight", &*in.norm_weight}});
+  p.weight = view<1>("norm_weight", in.norm_weight);
+  const View<4> z = columns_of(in, n.mlp, 1);
+  p.z.data = z.data, p.x.dtype = p.z.dtype = z.dtype;
+  const int64_t sizes[] = {n.batch, n.tokens, n.inner()};
+  const int64_t of_x[] = {n.tokens * n.inner(), n.inner(), 1};
+  const int64_t of_z[] = {z.stride[0], z.stride[1], z.stride[3]};
+  gated_rms_norm::merge_rows(p, 2, sizes, {{&p.x, of_x}, {&p.z, of_z}});
   return p;
 }
 
@@ -171,18 +207,24 @@ StepViews check(const StepArguments& in) {
   StepViews p{};
   p.step = step_shape(in, n);
   fill_conv(in, n, p);
+  if (in.norm_weight) p.norm = norm_shape(in, n);
   return p;
 }
 
-Tensor output(const StepArguments& in, Shape& p) {
-  const int64_t inner = p.heads * p.headdim;
+Tensor new_rows(const StepArguments& in, const StepViews& p) {
+  const int64_t inner = p.step.heads * p.step.headdim;
+  const bool tokens = in.zxbcdt.dim() == 3;
   const Sizes sizes =
-      in.zxbcdt.dim() == 3 ? Sizes{p.batch, p.tokens, inner} : Sizes{p.batch, inner};
-  const Tensor y = empty(in.zxbcdt, sizes, in.zxbcdt.scalar_type());
-  p.y.data = y.data_ptr(), p.y.dtype = float_dtype("zxbcdt", y);
-  p.y.stride[0] = p.tokens * inner, p.y.stride[1] = inner;
-  p.y.stride[2] = p.headdim, p.y.stride[3] = 1;
-  return y;
+      tokens ? Sizes{p.step.batch, p.step.tokens, inner} : Sizes{p.step.batch, inner};
+  return empty(in.zxbcdt, sizes, in.zxbcdt.scalar_type());
+}
+
+View<4> view_of_heads(const Tensor& rows, const StepViews& p) {
+  const int64_t inner = p.step.heads * p.step.headdim;
+  View<4> v{rows.data_ptr(), p.xBC.dtype};
+  v.stride[0] = p.step.tokens * inner, v.stride[1] = inner;
+  v.stride[2] = p.step.headdim, v.stride[3] = 1;
+  return v;
 }
 
 View<3> place_convolved(void* data, StepViews& p) {

@@ -3,6 +3,7 @@
 #include "bindings/mamba2_step.h"
 #include "bindings/runs.h"
 #include "bindings/stream.h"
+#include "gated_rms_norm/cuda.h"
 #include "mamba2_step/cuda.h"
 
 namespace statescan::bindings {
@@ -13,11 +14,28 @@ using mamba2_step::cuda::Params;
 Tensor mamba2_step(const Tensor& zxbcdt, const Tensor& conv_state, const Tensor& ssm_state,
                    const Tensor& conv_weight, const OptionalTensor& conv_bias,
                    const OptionalTensor& dt_bias, const Tensor& A, const OptionalTensor& D,
-                   bool gate, bool silu, bool dt_softplus, double dt_min, double dt_max,
-                   const OptionalTensor& cache_seqlens, const OptionalTensor& state_batch_indices) {
-  const StepArguments in{zxbcdt,    conv_state, ssm_state,   conv_weight,   A,
-                         conv_bias, dt_bias,    D,           cache_seqlens, state_batch_indices,
-                         gate,      silu,       dt_softplus, dt_min,        dt_max};
+                   const OptionalTensor& norm_weight, double norm_eps, bool norm_before_gate,
+                   std::optional<int64_t> norm_group_size, bool silu, bool dt_softplus,
+                   double dt_min, double dt_max, const OptionalTensor& cache_seqlens,
+                   const OptionalTensor& state_batch_indices) {
+  const StepArguments in{zxbcdt,
+                         conv_state,
+                         ssm_state,
+                         conv_weight,
+                         A,
+                         conv_bias,
+                         dt_bias,
+                         D,
+                         norm_weight,
+                         cache_seqlens,
+                         state_batch_indices,
+                         norm_eps,
+                         norm_before_gate,
+                         norm_group_size,
+                         silu,
+                         dt_softplus,
+                         dt_min,
+                         dt_max};
   StepViews views = check(in);
   Params p{};
   if (cache_seqlens) p.conv.positions = index_view("cache_seqlens", *cache_seqlens, ssm_state);
@@ -25,7 +43,8 @@ Tensor mamba2_step(const Tensor& zxbcdt, const Tensor& conv_state, const Tensor&
     p.conv.slot_of = index_view("state_batch_indices", *state_batch_indices, ssm_state);
   }
   const OnDevice device(ssm_state);
-  const Tensor y = output(in, views.step);
+  const Tensor y = new_rows(in, views);
+  views.step.y = view_of_heads(y, views);
   const auto fill_in = [&](void* convolved) {
     const View<3> xBC = place_convolved(convolved, views);
     fill(views, xBC, p.conv);
@@ -39,7 +58,12 @@ Tensor mamba2_step(const Tensor& zxbcdt, const Tensor& conv_state, const Tensor&
     fill_in(convolved->data_ptr());
   }
   step(p, device.stream);
-  return y;
+  if (!norm_weight) return y;
+  const Tensor out = new_rows(in, views);
+  gated_rms_norm::cuda::FwdParams norm{};
+  fill(views, y, out, norm);
+  gated_rms_norm::cuda::fwd(norm, device.stream);
+  return out;
 }
 
 }  // namespace

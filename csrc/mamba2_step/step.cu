@@ -37,11 +37,9 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kTaps = 4;  // at most
 constexpr int64_t kSharedBytes = 32 * 1024;
 
-// Registers for as many warps as selective_state_update/update.cu has, in blocks twice as large.
-template <class T>
-constexpr int blocks_of_sm(int packs) {
-  return packs > 1 ? 3 : sizeof(T) == 4 ? 5 : 4;
-}
+// Registers for 16 warps of an SM, 32 KiB of the state on their way: beside the state, a lane has what three
+// outputs of the convolution take.
+constexpr int blocks_of_sm(int packs) { return packs > 1 ? 3 : 4; }
 
 // Where the inputs of a batch element are.
 struct Ring {
@@ -186,9 +184,9 @@ struct Work {
 };
 
 template <class T, int kPacks>
-__global__ __launch_bounds__(kThreads, blocks_of_sm<T>(kPacks)) void step_kernel(const Params p,
-                                                                                 const Plan plan,
-                                                                                 int64_t tasks) {
+__global__ __launch_bounds__(kThreads, blocks_of_sm(kPacks)) void step_kernel(const Params p,
+                                                                              const Plan plan,
+                                                                              int64_t tasks) {
   float* const projections = dynamic_shared<float>();
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     int64_t share, group;

@@ -26,8 +26,7 @@ struct Raw {
     return raw;
   }
   __device__ __forceinline__ static Raw of(float x, DType dtype) {
-    const uint32_t half =
-        dtype == DType::kFloat16 ? ptx::pack_f16(x, 0) : ptx::pack_bf16(x, 0);
+    const uint32_t half = dtype == DType::kFloat16 ? ptx::pack_f16(x, 0) : ptx::pack_bf16(x, 0);
     return {dtype == DType::kFloat32 ? float_to_bits(x) : half};
   }
   __device__ __forceinline__ void store(void* data, DType dtype, int64_t offset) const {
@@ -237,19 +236,27 @@ struct Rows {
     }
   }
 
+  // The sum over the lanes of a row, of the lane's own one: as many rows as it still has are halved with
+  // every step, lanes that differ in one bit each keep the rows of theirs.
+  __device__ __forceinline__ float own_sum(const Place& at, float (&sum)[kRows]) const {
+#pragma unroll
+    for (int bit = 1; bit < kRows; bit *= 2) {
+      const bool odd = (at.lane & bit) != 0;
+#pragma unroll
+      for (int i = 0; i < kRows; i += 2 * bit) {
+        const float kept = odd ? sum[i + bit] : sum[i], given = odd ? sum[i] : sum[i + bit];
+        sum[i] = kept + __shfl_xor_sync(kLanes, given, bit);
+      }
+    }
+#pragma unroll 1
+    for (int bit = kRows; bit < at.lanes; bit *= 2) sum[0] += __shfl_xor_sync(kLanes, sum[0], bit);
+    return sum[0];
+  }
+
   __device__ __forceinline__ void store_output(const Params& p, const Place& at, int64_t t,
                                                float (&sum)[kRows]) const {
-#pragma unroll 1
-    for (int lanes = at.lanes / 2; lanes > 0; lanes /= 2) {
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) sum[i] += __shfl_xor_sync(kLanes, sum[i], lanes);
-    }
+    float y = own_sum(at, sum);
     if (at.lane < kRows && at.has(at.lane)) {
-      float y = sum[0];
-#pragma unroll
-      for (int i = 1; i < kRows; ++i) {
-        if (i == at.lane) y = sum[i];
-      }
       if (p.D) y = skip(y, D.number(p.D.dtype), x.number(p.x.dtype));
       if (p.z) y = gate(y, z.number(p.z.dtype));
       store_y(p, at, t, at.row(at.lane), y);

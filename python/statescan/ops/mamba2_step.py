@@ -8,7 +8,6 @@ from torch import Tensor
 
 from statescan.ops import _register
 from statescan.ops.causal_conv1d import _silu, _taps
-from statescan.ops.gated_rms_norm import gated_rms_norm
 
 _step = torch.ops.statescan.mamba2_step.default
 
@@ -36,8 +35,8 @@ def mamba2_step(
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
     """The step of `mamba2_mixer` for a model that generates (Dao & Gu 2024, figure 6): the updates
-    of convolution and state, `causal_conv1d_update` and `selective_state_update`, as one operator,
-    then `gated_rms_norm` and the output projection. Both states are changed in place.
+    of convolution and state, `causal_conv1d_update` and `selective_state_update`, and
+    `gated_rms_norm` in one call, then the output projection. Both states are changed in place.
 
     The numbers are those of the calls one after the other. On a GPU the two updates are one launch
     if ``cache_seqlens`` is given and ``conv_state`` has room for the new inputs beside those that
@@ -92,25 +91,18 @@ def mamba2_step(
     try:
         out = _step(
             zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D,
-            norm_weight is None, _silu(activation), dt_softplus, *dt_limit, cache_seqlens,
-            state_batch_indices,
+            norm_weight, norm_eps, norm_before_gate, norm_group_size, _silu(activation),
+            dt_softplus, *dt_limit, cache_seqlens, state_batch_indices,
         )  # fmt: skip
     except ValueError:  # looked at only now: a step that succeeds should not pay for it
         _register.check_floats(
             zxbcdt=zxbcdt, conv_state=conv_state, ssm_state=ssm_state, conv_weight=conv_weight,
-            conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
+            conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D, norm_weight=norm_weight,
         )  # fmt: skip
         raise
-    inner, conv = out.shape[-1], conv_weight.shape[0]
-    mlp = (zxbcdt.shape[-1] - inner - conv - A.shape[0]) // 2
-    if norm_weight is not None:
-        groups = (conv - inner) // (2 * ssm_state.shape[-1])
-        out = gated_rms_norm(
-            out, norm_weight, None, zxbcdt.narrow(-1, 2 * mlp, inner), eps=norm_eps,
-            norm_before_gate=norm_before_gate, group_size=norm_group_size or inner // groups,
-        )  # fmt: skip
-    if mlp:
-        z_mlp, x_mlp = zxbcdt.narrow(-1, 0, 2 * mlp).chunk(2, dim=-1)
+    mlp_columns = zxbcdt.shape[-1] - out.shape[-1] - conv_weight.shape[0] - A.shape[0]
+    if mlp_columns:
+        z_mlp, x_mlp = zxbcdt.narrow(-1, 0, mlp_columns).chunk(2, dim=-1)
         out = torch.cat([F.silu(z_mlp) * x_mlp, out], -1)
     if out_proj_weight is not None:
         out = F.linear(out, out_proj_weight, out_proj_bias)
@@ -127,8 +119,9 @@ def _check_no_grad(*tensors: Tensor | None) -> None:
 
 @torch.library.register_fake("statescan::mamba2_step")
 def _(
-    zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, gate, silu, dt_softplus,
-    dt_min, dt_max, cache_seqlens, state_batch_indices,
+    zxbcdt, conv_state, ssm_state, conv_weight, conv_bias, dt_bias, A, D, norm_weight, norm_eps,
+    norm_before_gate, norm_group_size, silu, dt_softplus, dt_min, dt_max, cache_seqlens,
+    state_batch_indices,
 ):  # fmt: skip
     return zxbcdt.new_empty((*zxbcdt.shape[:-1], ssm_state.shape[1] * ssm_state.shape[2]))
 
