@@ -87,21 +87,22 @@ struct Taps {
   }
 };
 
-// activate for all of x, behind one branch: the exponentials of several numbers run side by side.
-template <int kCount>
+// activate for all of x, which are on their way from and to T, behind one branch: the exponentials of
+// several numbers run side by side.
+template <class T, int kCount>
 __device__ __forceinline__ void activate_all(float (&x)[kCount], bool use_silu) {
   if (!use_silu) return;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] = activate(x[i], true);
+  for (int i = 0; i < kCount; ++i) x[i] *= sigmoid_for<T>(x[i]);
 }
 
 // d becomes activate_vjp(pre, d).
-template <int kCount>
+template <class T, int kCount>
 __device__ __forceinline__ void activate_vjp_all(const float (&pre)[kCount], bool use_silu,
                                                  float (&d)[kCount]) {
   if (!use_silu) return;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) d[i] = activate_vjp(pre[i], d[i], true);
+  for (int i = 0; i < kCount; ++i) d[i] *= silu_slope(pre[i], sigmoid_for<T>(pre[i]));
 }
 
 // The run whose end is the final state of a slot: is it this one? Its slot, or -1.

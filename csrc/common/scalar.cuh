@@ -60,6 +60,13 @@ __device__ __forceinline__ R softplus_slope(R y) {
 __device__ __forceinline__ float sigmoid(float x) {
   return ptx::rcp(1.0f + exp_within(ptx::at_most(ptx::at_least(-x, -105.0f), 87.0f)));
 }
+// The same for what is read from and written to T. Of 16 bits: 6 instructions less, for an error of up to
+// |x| 2^-24 of the result.
+template <class T>
+__device__ __forceinline__ float sigmoid_for(float x) {
+  if constexpr (sizeof(T) == 2) return ptx::rcp(1.0f + ptx::ex2(x * -1.44269504f));
+  return sigmoid(x);
+}
 __device__ __forceinline__ double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
 template <class R>

@@ -221,8 +221,7 @@ __global__ __launch_bounds__(kThreads, blocks_of_sm(kPacks)) void step_kernel(co
 template <class T>
 bool is_fast(const Params& p) {
   constexpr int64_t kVec = kPackSize<T>;
-  return selective_state_update::cuda::in_lines(p.step.h, kVec) && p.step.state % kVec == 0 &&
-         p.step.state <= 64 * kVec;
+  return in_lines(p.step.h, kVec) && p.step.state % kVec == 0 && p.step.state <= 64 * kVec;
 }
 
 template <class T, int kPacks>

@@ -280,17 +280,4 @@ struct Rows {
   }
 };
 
-// ---- on the host
-
-// Starts of lines of kVec numbers are as aligned as their loads want them.
-template <int kRank>
-inline bool in_lines(const View<kRank>& v, int64_t numbers) {
-  const int64_t bytes = element_bytes(v.dtype) * numbers;
-  const int64_t unit = (bytes < 16 ? bytes : 16) / element_bytes(v.dtype);
-  bool aligned = reinterpret_cast<uintptr_t>(v.data) % (unit * element_bytes(v.dtype)) == 0 &&
-                 v.stride[kRank - 1] == 1;
-  for (int i = 0; i + 1 < kRank; ++i) aligned = aligned && v.stride[i] % unit == 0;
-  return aligned;
-}
-
 }  // namespace statescan::selective_state_update::cuda
