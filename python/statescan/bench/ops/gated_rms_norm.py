@@ -21,6 +21,7 @@ def case(name: str, B: int, L: int, D: int, S: int | None = None) -> Case:
 PRESETS = {
     "targets": (case("Mamba-2 130M layer", 1, 2048, 1536),),
     "quick": (case("small Mamba-2 layer", 1, 1024, 512),),
+    "gpu": (case("Mamba-2 1.3B", 4, 8192, 4096),),
     "mamba": (
         case("Mamba-2 2.7B", 8, 2048, 5120),
         case("Mamba-2 8B, 8 groups", 1, 4096, 8192, 1024),

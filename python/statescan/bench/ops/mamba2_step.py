@@ -20,6 +20,11 @@ def case(name: str, B: int, H: int, P: int, N: int, G: int = 1, ring: int = 0) -
 PRESETS = {
     "targets": tuple(case("Mamba-2 130M layer", batch, 24, 64, 128) for batch in (1, 8, 32)),
     "quick": (case("small Mamba-2 layer", 1, 8, 32, 64),),
+    "gpu": tuple(
+        case("Mamba-2 8B, one group", batch, 128, 64, 128, ring=ring)
+        for batch in (1, 8, 128)
+        for ring in (0, 1)
+    ),
     "mamba": (
         *(case("Mamba-2 2.7B", batch, 80, 64, 128) for batch in (1, 16, 64)),
         *(case("Mamba-2 8B hybrid", batch, 128, 64, 128, 8) for batch in (1, 16)),
