@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -96,13 +97,19 @@ def call_times(call, device: torch.device, seconds: float) -> list[float]:
     return times
 
 
+def side_stream(device: torch.device):
+    """Where everything runs: backwards run where their forwards did, and the stream that is
+    there from the start cannot be captured."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
+
+
 def captured(calls, device: torch.device):
     """All calls as one CUDA graph, or None where they cannot be captured."""
     if device.type != "cuda":
         return None
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             for call in calls:
                 call()
         graph.replay()
@@ -168,19 +175,25 @@ def floor_ms(job: Job, case: Case, rates: dict) -> float:
     return max(cost.bytes / rates["copy"], exps) * 1e3
 
 
+def calls_of(job: Job, peer: Peer, case: Case, device: torch.device) -> list:
+    """A call for each set of inputs."""
+    first = job.op.make_inputs(case, job.dtype, device, job.layout)
+    most = 3 if device.type == "cpu" or job.what == "backward" else 64
+    sets = [first] + [
+        {key: None if x is None else suite.clone(x) for key, x in first.items()}
+        for _ in range(set_count(first, most) - 1)
+    ]
+    return [bound(peer.call, inputs, job.what) for inputs in sets]
+
+
 def measure(job: Job, peer: Peer, check: Check, device: torch.device, rates: dict, seconds: float):
     """The row of one implementation. What goes wrong is written into it."""
-    dry = device.type == "cpu"
-    case = job.small() if dry else job.case
+    case = job.small() if device.type == "cpu" else job.case
     row = job.title | {"who": peer.name, "floor_ms": floor_ms(job, case, rates)}
     try:
         row["error"], _ = check.error(peer.call, job.small(), 1 if peer.name == OURS else PEER_ROOM)
-        first = job.op.make_inputs(case, job.dtype, device, job.layout)
-        count = set_count(first, 3 if dry or job.what == "backward" else 64)
-        sets = [first] + [{k: None if x is None else suite.clone(x) for k, x in first.items()}
-                          for _ in range(count - 1)]  # fmt: skip
-        calls = [bound(peer.call, inputs, job.what) for inputs in sets]
-        with torch.set_grad_enabled(job.what == "backward"):
+        with side_stream(device), torch.set_grad_enabled(job.what == "backward"):
+            calls = calls_of(job, peer, case, device)
             row |= timed(calls, device, seconds)
         row["share"] = row["floor_ms"] / row["ms"]
     except Exception as failure:  # the others still count
@@ -208,7 +221,7 @@ def read_rates(path: Path | None, device: torch.device) -> dict:
     measured = json.loads(path.read_text()) if path and path.exists() else {}
     if "copy" not in measured:
         moved = (8 << 20) if device.type == "cpu" else (1 << 30)
-        measured["copy"] = machine._copy_rate(moved, device, 0.2)
+        measured["copy"] = machine.copy_rate(moved, device, 0.2)
     return {key: measured[key] for key in ("copy", "exps") if key in measured}
 
 
@@ -237,7 +250,16 @@ def describe(device: torch.device) -> dict:
 
 def child(name: str, options: argparse.Namespace, rows: Path, seconds: float) -> None:
     """One operator in a process of its own, which is ended when its time is over."""
-    command = [sys.executable, __file__, "--op", name, "--rows", str(rows), "--seconds", f"{seconds}"]
+    command = [
+        sys.executable,
+        __file__,
+        "--op",
+        name,
+        "--rows",
+        str(rows),
+        "--seconds",
+        f"{seconds}",
+    ]
     command += ["--dry"] * options.dry
     command += ["--measured", str(options.measured)] * bool(options.measured)
     try:
@@ -252,8 +274,8 @@ def child(name: str, options: argparse.Namespace, rows: Path, seconds: float) ->
 
 def line(row: dict) -> str:
     what = (
-        f"{row['op']:<23}{row.get('pass', ''):<9}{row.get('sizes', ''):<32}{row.get('dtype', ''):<9}"
-        f"{row.get('layout', ''):<14}{row['who']:<15}"
+        f"{row['op']:<23}{row.get('pass', ''):<9}{row.get('sizes', ''):<32}"
+        f"{row.get('dtype', ''):<9}{row.get('layout', ''):<14}{row['who']:<15}"
     )
     if "failed" in row:
         return what + row["failed"]

@@ -100,7 +100,7 @@ def mamba_ssm(x: Inputs) -> Tensor:
     shape = x["x"].shape
     y = rmsnorm_fn(
         x["x"].flatten(2), x["weight"].flatten(), None, x["z"].flatten(2),
-        group_size=shape[-1], norm_before_gate=False,
+        eps=1e-5, group_size=shape[-1], norm_before_gate=False,
     )  # fmt: skip
     return y.view(shape)
 
