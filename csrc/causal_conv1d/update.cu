@@ -26,9 +26,12 @@ __device__ __forceinline__ void store_y(const UpdateParams& p, int64_t b, int64_
 // kWidth neighbours at once, 8 or 16 bytes (kPacked), or one by one.
 template <bool kPacked, class T, int kWidth>
 __device__ __forceinline__ void load_line(const T* from, int64_t step, float (&x)[kWidth]) {
-  if constexpr (kPacked) return Pack<T, kWidth>::load(from).unpack(x);
+  if constexpr (kPacked) {
+    Pack<T, kWidth>::load(from).unpack(x);
+  } else {
 #pragma unroll
-  for (int k = 0; k < kWidth; ++k) x[k] = to_number(from[k * step]);
+    for (int k = 0; k < kWidth; ++k) x[k] = to_number(from[k * step]);
+  }
 }
 
 // Thread: a channel of a batch element. The state's last kWidth - 1 inputs and the newest are in
