@@ -1,4 +1,5 @@
-// What a GPU does when nothing but one thing is asked of it: the rates that the floors of docs/ rest on.
+// What a GPU does when nothing but one thing is asked of it: the rates that the floors of docs/
+// rest on.
 //
 //   nvcc -std=c++20 -O3 -arch=native -Icsrc -Itests/simt bench/first_measurements.cu -o first && ./first
 //

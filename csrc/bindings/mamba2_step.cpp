@@ -42,8 +42,9 @@ void normalize(const StepViews& views, const Tensor& y, const Tensor& out) {
             p.scratch_bytes(), p.grain(p.tasks()));
 }
 
-// One call for all of it: at a batch of one what goes on around the kernels takes as long as they do.
-// From one to the next numbers are rounded to zxbcdt's dtype, so that they are those of several calls.
+// One call for all of it: at a batch of one what goes on around the kernels takes as long as they
+// do. From one to the next numbers are rounded to zxbcdt's dtype, so that they are those of several
+// calls.
 Tensor mamba2_step(const Tensor& zxbcdt, const Tensor& conv_state, const Tensor& ssm_state,
                    const Tensor& conv_weight, const OptionalTensor& conv_bias,
                    const OptionalTensor& dt_bias, const Tensor& A, const OptionalTensor& D,

@@ -18,8 +18,8 @@ struct StepArguments {
   double dt_min, dt_max;
 };
 
-// Both updates, and the norm if there is one. What the convolution gives, x, B and C side by side, is
-// still without memory, and so is what the norm reads and writes.
+// Both updates, and the norm if there is one. What the convolution gives, x, B and C side by side,
+// is still without memory, and so is what the norm reads and writes.
 struct StepViews {
   causal_conv1d::UpdateShape conv;
   View<3> xBC, conv_state;  // (batch, dim, tokens), (slot, dim, state_len)

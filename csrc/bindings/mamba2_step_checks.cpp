@@ -119,8 +119,8 @@ void check_integers(const StepArguments& in, const StepSizes& n) {
   }
 }
 
-// `columns` of zxbcdt from `first` on, as (batch, token, head, headdim) or (batch, token, group, state):
-// `inner` of them to each.
+// `columns` of zxbcdt from `first` on, as (batch, token, head, headdim) or (batch, token, group,
+// state): `inner` of them to each.
 View<4> columns_of(const StepArguments& in, int64_t first, int64_t inner) {
   const Tensor& t = in.zxbcdt;
   const int64_t step = t.stride(t.dim() - 1);

@@ -24,7 +24,8 @@ struct IndexView {
   }
 };
 
-// The slot of batch element b in a pool of states; negative if it has none, or one that does not exist.
+// The slot of batch element b in a pool of states; negative if it has none, or one that does not
+// exist.
 __device__ __forceinline__ int64_t slot_at(const IndexView& slot_of, int64_t slots, int64_t b) {
   const int64_t slot = slot_of ? slot_of.at(b) : b;
   return slot < slots ? slot : -1;

@@ -9,8 +9,8 @@
 
 namespace statescan {
 
-// e^x for x in [-105, 89], or NaN, by one ex2. x log2(e) is rounded before it is an exponent, which for large x alone would cost
-// six bits; what was rounded off multiplies the result.
+// e^x for x in [-105, 89], or NaN, by one ex2. x log2(e) is rounded before it is an exponent, which
+// for large x alone would cost six bits; what was rounded off multiplies the result.
 __device__ __forceinline__ float exp_within(float x) {
   constexpr float kLog2e = 1.44269504f, kLog2eLow = 1.92596303e-8f, kLn2 = 0.693147181f;
   const float exponent = x * kLog2e;
@@ -60,8 +60,8 @@ __device__ __forceinline__ R softplus_slope(R y) {
 __device__ __forceinline__ float sigmoid(float x) {
   return ptx::rcp(1.0f + exp_within(ptx::at_most(ptx::at_least(-x, -105.0f), 87.0f)));
 }
-// The same for what is read from and written to T. Of 16 bits: 6 instructions less, for an error of up to
-// |x| 2^-24 of the result.
+// The same for what is read from and written to T. Of 16 bits: 6 instructions less, for an error of
+// up to |x| 2^-24 of the result.
 template <class T>
 __device__ __forceinline__ float sigmoid_for(float x) {
   if constexpr (sizeof(T) == 2) return ptx::rcp(1.0f + ptx::ex2(x * -1.44269504f));

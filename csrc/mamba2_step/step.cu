@@ -5,17 +5,18 @@
 //           warp 0   rows of the state, their x by the lanes that also compute their step sizes
 //           warp 1   ..                as in selective_state_update/update.cu
 //
-// B and C of a group are computed by every block that has heads of it: from 2 x state x (2 width + 1)
-// numbers that all but the first find in the second-level cache.
+// B and C of a group are computed by every block that has heads of it: from 2 x state x (2 width +
+// 1) numbers that all but the first find in the second-level cache.
 //
-// Blocks neither wait for nor know of each other. The state of the convolution is circular, and there is
-// room for the new inputs beside those that the tokens see (state_len >= width - 1 + tokens): nobody
-// writes what another one reads. Of a channel's new inputs only one thread takes care: of x the lane
-// that has the row, of B and C the group's first block. A state that is kept in order has to be read by
-// all before anyone moves it: that takes two launches, as do wider filters and other strides.
+// Blocks neither wait for nor know of each other. The state of the convolution is circular, and
+// there is room for the new inputs beside those that the tokens see (state_len >= width - 1 +
+// tokens): nobody writes what another one reads. Of a channel's new inputs only one thread takes
+// care: of x the lane that has the row, of B and C the group's first block. A state that is kept in
+// order has to be read by all before anyone moves it: that takes two launches, as do wider filters
+// and other strides.
 //
-// Grid over (batch, group, share of the group's heads), strided over. Dynamic shared memory: B and C of
-// every token, 2 x tokens x state floats.
+// Grid over (batch, group, share of the group's heads), strided over. Dynamic shared memory: B and
+// C of every token, 2 x tokens x state floats.
 #include "common/divisor.h"
 #include "common/launch.h"
 #include "common/shared.cuh"
@@ -37,18 +38,29 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kTaps = 4;  // at most
 constexpr int64_t kSharedBytes = 32 * 1024;
 
-// Registers for 16 warps of an SM, 32 KiB of the state on their way: beside the state, a lane has what three
-// outputs of the convolution take.
+// Registers for 16 warps of an SM, 32 KiB of the state on their way: beside the state, a lane has
+// what three outputs of the convolution take.
 constexpr int blocks_of_sm(int packs) { return packs > 1 ? 3 : 4; }
+
+// How the rows of a group's heads are shared out: `works` of a warp to each block, `parts` to each
+// head.
+struct Plan {
+  int log_lanes;
+  int64_t works, works_of_group;
+  Divisor groups, shares, parts;
+  Divisor places;  // of a circular state
+};
 
 // Where the inputs of a batch element are.
 struct Ring {
   int64_t b, slot;
   int64_t first;  // where token 0 goes
 
-  __device__ __forceinline__ Ring(const UpdateParams& p, int64_t batch)
-      : b(batch), slot(slot_at(p.slot_of, p.slots, batch)), first(p.positions.at(b) % p.state_len) {
-    if (first < 0) first += p.state_len;
+  __device__ __forceinline__ Ring(const UpdateParams& p, const Divisor& places, int64_t batch)
+      : b(batch), slot(slot_at(p.slot_of, p.slots, batch)) {
+    const int64_t position = p.positions.at(b);
+    places.divide(position < 0 ? ~position : position, first);
+    if (position < 0) first = p.state_len - 1 - first;
   }
 
   // Of input j, counted from token 0, in a channel's state.
@@ -118,13 +130,6 @@ __device__ __forceinline__ void project(const Params& p, const Ring& ring, int64
   }
 }
 
-// How the rows of a group's heads are shared out: `works` of a warp to each block, `parts` to each head.
-struct Plan {
-  int log_lanes;
-  int64_t works, works_of_group;
-  Divisor groups, shares, parts;
-};
-
 // Some rows of a head, as a warp has them, and the convolution that gives their x.
 template <class T, int kPacks>
 struct Work {
@@ -193,7 +198,7 @@ __global__ __launch_bounds__(kThreads, blocks_of_sm(kPacks)) void step_kernel(co
     const int64_t b = plan.groups.divide(plan.shares.divide(task, share), group);
     const int64_t first = share * plan.works, end = first + plan.works;
     const int64_t last = end < plan.works_of_group ? end : plan.works_of_group;
-    const Ring ring(p.conv, b);
+    const Ring ring(p.conv, plan.places, b);
     Work<T, kPacks> own;
     int64_t work = first + threadIdx.x / 32;
     own.place(p, plan, b, group, work, last);
@@ -232,12 +237,19 @@ void launch_step(const Params& p, cudaStream_t stream) {
   while ((1 << log_lanes) * kPacks < packs || (1 << log_lanes) < Share::kRows) ++log_lanes;
   const int64_t rows = Share::kRows * (32 >> log_lanes);
   const int64_t parts = (p.step.headdim + rows - 1) / rows, all = heads * parts;
-  // More rows for a block spare others to compute B and C, as long as 100 warps are left for each SM.
+  // More rows for a block spare others to compute B and C, as long as 100 warps are left for each
+  // SM.
   const int64_t blocks = (all + kWarps - 1) / kWarps;  // of a group, with one work for each warp
   const int64_t spare = p.step.batch * p.step.groups * all / (1 << 14) + 1;
   const int64_t works = kWarps * (spare < blocks ? spare : blocks);
   const int64_t shares = (all + works - 1) / works;
-  const Plan plan{log_lanes, works, all, Divisor(p.step.groups), Divisor(shares), Divisor(parts)};
+  const Plan plan{log_lanes,
+                  works,
+                  all,
+                  Divisor(p.step.groups),
+                  Divisor(shares),
+                  Divisor(parts),
+                  Divisor(p.conv.state_len)};
   const int64_t tasks = p.step.batch * p.step.groups * shares;
   launch("mamba2_step", step_kernel<T, kPacks>, blocks_for(tasks, 1), kThreads,
          size_t(2 * p.step.tokens * p.step.state) * sizeof(float), stream, p, plan, tasks);

@@ -88,9 +88,10 @@ struct Place {
   __device__ __forceinline__ bool has(int i) const { return i * places < rows; }
 };
 
-// Some rows of the state, and what belongs to them, in a lane. T is the type of the state, X that of B and
-// C. kRowDecay: A is the same for all numbers of a row. What belongs to a row as a whole, lane i of a row
-// loads and computes for the i-th of its kRows, its own one, and hands to the others by shuffles.
+// Some rows of the state, and what belongs to them, in a lane. T is the type of the state, X that
+// of B and C. kRowDecay: A is the same for all numbers of a row. What belongs to a row as a whole,
+// lane i of a row loads and computes for the i-th of its kRows, its own one, and hands to the
+// others by shuffles.
 template <class T, class X, int kPacks, bool kRowDecay>
 struct Rows {
   static constexpr int kVec = kPackSize<T>;
@@ -236,8 +237,8 @@ struct Rows {
     }
   }
 
-  // The sum over the lanes of a row, of the lane's own one: as many rows as it still has are halved with
-  // every step, lanes that differ in one bit each keep the rows of theirs.
+  // The sum over the lanes of a row, of the lane's own one: as many rows as it still has are halved
+  // with every step, lanes that differ in one bit each keep the rows of theirs.
   __device__ __forceinline__ float own_sum(const Place& at, float (&sum)[kRows]) const {
 #pragma unroll
     for (int bit = 1; bit < kRows; bit *= 2) {
