@@ -250,16 +250,8 @@ def describe(device: torch.device) -> dict:
 
 def child(name: str, options: argparse.Namespace, rows: Path, seconds: float) -> None:
     """One operator in a process of its own, which is ended when its time is over."""
-    command = [
-        sys.executable,
-        __file__,
-        "--op",
-        name,
-        "--rows",
-        str(rows),
-        "--seconds",
-        f"{seconds}",
-    ]
+    limits = ["--rows", str(rows), "--seconds", str(seconds)]
+    command = [sys.executable, __file__, "--op", name, *limits]
     command += ["--dry"] * options.dry
     command += ["--measured", str(options.measured)] * bool(options.measured)
     try:
@@ -302,6 +294,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     options = parse(arguments)
     device = torch.device("cpu" if options.dry else "cuda")
     names = options.op or [name for name, op in OPS.items() if "gpu" in op.presets]
+    names.sort(key=lambda name: len(jobs_of(OPS[name])))  # what some leave is for those with more
     begin = time.time()
     if options.rows:
         with options.rows.open("a") as file:
