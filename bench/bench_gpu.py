@@ -1,352 +1,322 @@
-"""CUDA kernels at the shapes of docs/<op>.md, with CUDA events: time, bytes moved, share of a copy.
+"""Every operator with a preset "gpu" on a GPU, beside mamba-ssm and causal-conv1d where they are
+installed: answers checked first, then time and share of the floor.
 
-    python bench/bench_gpu.py [--json FILE]
+    python bench/bench_gpu.py [--json FILE] [--measured FILE] [--seconds 300] [--op NAME ...]
+    python bench/bench_gpu.py --dry      the same code on the CPU, at tiny shapes
 
-Inputs rotate through sets that together exceed the second-level cache; peers that are installed run
-beside ours on the same sets. The answers are compared first.
+The floor of a pass is the longer of two: its bytes at the speed of a copy, its exponentials at the
+rate that first_measurements found (--measured). Inputs rotate through sets that together exceed
+the second-level cache. Calls are captured in a CUDA graph where that works, so that kernels are
+timed and not Python; `call` is the time of a call from Python.
+
+Every operator runs in a process of its own, which may fail or take too long without harm to the
+others.
 """
 
 import argparse
-import importlib
 import json
+import math
 import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
-import statescan
 import torch
-from statescan import reference, testing
-from statescan.bench import machine
+from statescan.bench import machine, suite
+from statescan.bench.ops import OPS
+from statescan.bench.run import OURS, PEER_ROOM, Check, Settings
+from statescan.bench.suite import Case, Op, Peer
 
-ROUNDS, REPEATS, SETS = 20, 10, 3
-SCAN_SHAPES = (
-    {"batch": 8, "dim": 4096, "seqlen": 4096, "state": 16},
-    {"batch": 1, "dim": 4096, "seqlen": 4096, "state": 16},  # too few channels for one part
-    {"batch": 128, "dim": 768, "seqlen": 3136, "state": 1},  # a vision model
-)
-CONV_SHAPE = {"batch": 8, "dim": 4352, "seqlen": 8192, "width": 4}
-STEP_SHAPE = {"batch": 128, "heads": 128, "headdim": 64, "state": 128}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PEERS = ("mamba-ssm", "causal-conv1d")
+PASSES = {"forward": "fwd", "backward": "fwd+bwd"}  # what is timed, and what the suite calls it
+SETS_BYTES = 256 << 20  # of all sets of inputs together, at least
+# Sizes that answers are compared at, and of the dry run.
+SMALL = {"B": 2, "L": 300, "D": 64, "S": 64, "C": 16, "H": 8, "M": 64}
 
 
-def milliseconds(calls):
-    """Median and spread (quartiles) of one call, taken round by round through `calls`."""
+@dataclass(frozen=True)
+class Job:
+    op: Op
+    case: Case
+    dtype: torch.dtype
+    layout: str
+    what: str  # of PASSES
+
+    @property
+    def title(self) -> dict:
+        return {
+            "op": self.op.name, "case": self.case.name, "sizes": self.case.shape,
+            "dtype": str(self.dtype).removeprefix("torch."), "layout": self.layout,
+            "pass": self.what,
+        }  # fmt: skip
+
+    def small(self) -> Case:
+        case = self.case
+        small = {key: min(n, SMALL.get(key, n)) for key, n in case.sizes.items()}
+        if "H" in small and "W" in small:  # a map
+            small["W"] = small["H"]
+        return case.with_sizes(**small)
+
+
+def jobs_of(op: Op) -> list[Job]:
+    return [
+        Job(op, case, dtype, layout, what)
+        for case in op.presets.get("gpu", ())
+        for what, direction in PASSES.items()
+        if direction in op.directions
+        for dtype in DTYPES.values()
+        for layout in reversed(op.layouts)
+    ]
+
+
+# ---- time
+
+
+def call_times(call, device: torch.device, seconds: float) -> list[float]:
+    """Milliseconds of single calls, at least 3 of them and 200 at most, in about `seconds`."""
+    times, begin = [], time.perf_counter()
+    while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < 200):
+        if device.type == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+        else:
+            start = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def side_stream(device: torch.device):
+    """Where everything runs: backwards run where their forwards did, and the stream that is
+    there from the start cannot be captured."""
+    return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
+
+
+def captured(calls, device: torch.device):
+    """All calls as one CUDA graph, or None where they cannot be captured."""
+    if device.type != "cuda":
+        return None
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            for call in calls:
+                call()
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph.replay
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+
+
+def in_turn(calls) -> None:
     for call in calls:
         call()
-    samples = []
-    for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for i in range(REPEATS):
-            calls[i % len(calls)]()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) / REPEATS)
-    low, _, high = statistics.quantiles(samples, n=4)
-    return {"median": statistics.median(samples), "low": low, "high": high}
 
 
-def copy_bandwidth():
-    """Bytes per second of a copy, read and write."""
-    x = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    pairs = [(torch.empty_like(x), x) for _ in range(2)]
-    time = milliseconds([lambda pair=pair: pair[0].copy_(pair[1]) for pair in pairs])
-    return 2 * x.numel() / time["median"] * 1e3
+def summary(times: list[float], calls: int) -> dict:
+    low, _, high = statistics.quantiles(times, n=4)
+    return {"ms": statistics.median(times) / calls, "low": low / calls, "high": high / calls}
 
 
-def conv_inputs(batch, dim, seqlen, width, dtype, channel_last):
-    shape = (batch, seqlen, dim) if channel_last else (batch, dim, seqlen)
-    x = torch.randn(shape, device="cuda").to(dtype)
-    weight, bias = torch.randn(dim, width, device="cuda"), torch.randn(dim, device="cuda")
-    return x.transpose(1, 2) if channel_last else x, weight.to(dtype), bias.to(dtype)
+def timed(calls, device: torch.device, seconds: float) -> dict:
+    """Median and quartiles of one of the calls; `call` is the time that Python takes for one."""
+    for _ in range(3):  # the first ones tune and compile
+        in_turn(calls)
+    machine.synchronize(device)
+    eager = partial(in_turn, calls)
+    graph = captured(calls, device)
+    found = summary(call_times(graph or eager, device, seconds), len(calls))
+    start = time.perf_counter()
+    eager()
+    found["call"] = (time.perf_counter() - start) / len(calls) * 1e3
+    return found | {"graph": graph is not None}
 
 
-def conv_peers():
-    found = {"statescan": lambda x, w, b: statescan.causal_conv1d(x, w, b, activation="silu")}
+def bound(call, inputs: suite.Inputs, what: str):
+    """One pass without arguments. The forward of a backward has been run."""
+    if what == "forward":
+        return partial(call, inputs)
+    inputs = {key: None if x is None else x.detach() for key, x in inputs.items()}
+    wanted = [x.requires_grad_() for x in suite.leaves(inputs).values()]
+    with torch.enable_grad():
+        out = call(inputs)
+    return partial(torch.autograd.grad, out, wanted, suite.weights_like(out), retain_graph=True)
+
+
+def set_count(inputs: suite.Inputs, most: int) -> int:
+    held = sum(x.numel() * x.element_size() for x in inputs.values() if x is not None)
+    return max(3, min(most, math.ceil(SETS_BYTES / max(held, 1))))
+
+
+# ---- rows of the result
+
+
+def peers_of(job: Job) -> list[Peer]:
+    cuda = torch.device("cuda")
+    found = [p for p in job.op.peers if p.name.startswith(PEERS) and not p.missing(job.case, cuda)]
+    return [p for p in found if PASSES[job.what] in p.directions]
+
+
+def floor_ms(job: Job, case: Case, rates: dict) -> float:
+    cost = job.op.passes(case, job.dtype, PASSES[job.what])[-1]
+    exps = cost.exps / rates["exps"] if rates.get("exps") else 0.0
+    return max(cost.bytes / rates["copy"], exps) * 1e3
+
+
+def calls_of(job: Job, peer: Peer, case: Case, device: torch.device) -> list:
+    """A call for each set of inputs."""
+    first = job.op.make_inputs(case, job.dtype, device, job.layout)
+    most = 3 if device.type == "cpu" or job.what == "backward" else 64
+    sets = [first] + [
+        {key: None if x is None else suite.clone(x) for key, x in first.items()}
+        for _ in range(set_count(first, most) - 1)
+    ]
+    return [bound(peer.call, inputs, job.what) for inputs in sets]
+
+
+def measure(job: Job, peer: Peer, check: Check, device: torch.device, rates: dict, seconds: float):
+    """The row of one implementation. What goes wrong is written into it."""
+    case = job.small() if device.type == "cpu" else job.case
+    row = job.title | {"who": peer.name, "floor_ms": floor_ms(job, case, rates)}
     try:
-        peer = importlib.import_module("causal_conv1d").causal_conv1d_fn
-        found["causal-conv1d"] = lambda x, w, b: peer(x, w, b, activation="silu")
-    except ImportError:
-        pass
-    return found
+        row["error"], _ = check.error(peer.call, job.small(), 1 if peer.name == OURS else PEER_ROOM)
+        with side_stream(device), torch.set_grad_enabled(job.what == "backward"):
+            calls = calls_of(job, peer, case, device)
+            row |= timed(calls, device, seconds)
+        row["share"] = row["floor_ms"] / row["ms"]
+    except Exception as failure:  # the others still count
+        row["failed"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+    return row
 
 
-def check(call, dtype, channel_last):
-    x, w, b = conv_inputs(2, 64, 300, 4, dtype, channel_last)
-    want = reference.causal_conv1d(x.double(), w.double(), b.double(), activation="silu")
-    got = call(x, w, b)
-    testing.assert_close("y", got, want, dtype)
+def run_op(op: Op, device: torch.device, rates: dict, until: float, write) -> None:
+    for job in jobs_of(op):
+        check = Check(op, Settings(job.dtype, PASSES[job.what], job.layout, device))
+        for peer in (Peer(OURS, op.call), *peers_of(job)):
+            if time.time() > until:
+                write(job.title | {"who": peer.name, "failed": "no time was left"})
+                continue
+            write(measure(job, peer, check, device, rates, 0.02 if device.type == "cpu" else 0.3))
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
-def bench_conv(dtype, channel_last, bandwidth):
-    rows = []
-    sets = [conv_inputs(**CONV_SHAPE, dtype=dtype, channel_last=channel_last) for _ in range(SETS)]
-    bytes_moved = 2 * sets[0][0].numel() * sets[0][0].element_size()
-    for name, call in conv_peers().items():
-        check(call, dtype, channel_last)
-        time = milliseconds([lambda args=args, call=call: call(*args) for args in sets])
-        rows.append(
-            {
-                "op": "causal_conv1d forward", "who": name, "dtype": str(dtype),
-                "layout": "channel-last" if channel_last else "channel-first", **CONV_SHAPE,
-                "ms": time, "share_of_copy": bytes_moved / time["median"] * 1e3 / bandwidth,
-            }
-        )  # fmt: skip
-    return rows
+# ---- the whole
 
 
-# ---- operators whose cost is the bytes they move: (what, call, inputs, bytes of a call)
+def read_rates(path: Path | None, device: torch.device) -> dict:
+    """Bytes per second of a copy, exponentials per second if they were measured."""
+    measured = json.loads(path.read_text()) if path and path.exists() else {}
+    if "copy" not in measured:
+        moved = (8 << 20) if device.type == "cpu" else (1 << 30)
+        measured["copy"] = machine.copy_rate(moved, device, 0.2)
+    return {key: measured[key] for key in ("copy", "exps") if key in measured}
 
 
-def with_backward(call, count):
-    """The backward alone: `call` of the first inputs, the last of which is its gradient."""
-    graphs = {}
-
-    def backward(*inputs):
-        key = id(inputs[0])
-        if key not in graphs:
-            leaves = [x.detach().requires_grad_() for x in inputs[:count]]
-            graphs[key] = call(*leaves), leaves
-        y, leaves = graphs[key]
-        return torch.autograd.grad(y, leaves, inputs[count], retain_graph=True)
-
-    return backward
+def version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
-MAP_SHAPE = {"batch": 128, "dim": 192, "H": 56, "W": 56}
-NORM_SHAPE = {"rows": 32768, "dim": 4096}
+def driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
-def route_cases(dtype, channel_last):
-    batch, dim, H, W = MAP_SHAPE.values()
-    options = {"channel_last": channel_last}
-    spirals = statescan.routes.mhs_vm(H, W, "S")
+def describe(device: torch.device) -> dict:
+    packages = ("triton", "mamba-ssm", "causal-conv1d")
+    return machine.describe(device) | {
+        "driver": driver(), "cuda": torch.version.cuda,
+        "packages": {name: version(name) for name in packages},
+    }  # fmt: skip
 
-    def image():
-        shape = (batch, H, W, dim) if channel_last else (batch, dim, H, W)
-        return (torch.randn(shape, device="cuda").to(dtype),)
 
-    def stack():
-        shape = (batch, H * W, 4, dim) if channel_last else (batch, 4, dim, H * W)
-        return (torch.randn(shape, device="cuda").to(dtype),)
+def child(name: str, options: argparse.Namespace, rows: Path, seconds: float) -> None:
+    """One operator in a process of its own, which is ended when its time is over."""
+    limits = ["--rows", str(rows), "--seconds", str(seconds)]
+    command = [sys.executable, __file__, "--op", name, *limits]
+    command += ["--dry"] * options.dry
+    command += ["--measured", str(options.measured)] * bool(options.measured)
+    try:
+        done = subprocess.run(command, timeout=seconds + 60)
+        failed = f"ended with {done.returncode}" if done.returncode else None
+    except subprocess.TimeoutExpired:
+        failed = f"took more than {seconds + 60:.0f} s"
+    if failed:
+        with rows.open("a") as file:
+            print(json.dumps({"op": name, "who": "the process", "failed": failed}), file=file)
 
-    moved = 5 * batch * dim * H * W * torch.empty((), dtype=dtype).element_size()
-    scan, merge = statescan.cross_scan, statescan.cross_merge
-    yield "cross_scan", MAP_SHAPE, lambda x: scan(x, **options), image, moved
-    yield "cross_merge", MAP_SHAPE, lambda y: merge(y, H, W, **options), stack, moved
-    yield "cross_scan, spirals", MAP_SHAPE, lambda x: scan(x, spirals, **options), image, moved
-    yield (
-        "cross_merge, spirals",
-        MAP_SHAPE,
-        lambda y: merge(y, H, W, spirals, **options),
-        stack,
-        moved,
+
+def line(row: dict) -> str:
+    what = (
+        f"{row['op']:<23}{row.get('pass', ''):<9}{row.get('sizes', ''):<32}"
+        f"{row.get('dtype', ''):<9}{row.get('layout', ''):<14}{row['who']:<15}"
+    )
+    if "failed" in row:
+        return what + row["failed"]
+    return what + (
+        f"{row['ms']:9.4f} ms ({row['low']:.4f} - {row['high']:.4f})"
+        f"{row['share']:6.0%} of the floor{'' if row['graph'] else ', no graph'}"
+        f", call {row['call']:.3f}, error {row['error']:.0e}"
     )
 
 
-def norm_cases(dtype):
-    rows, dim = NORM_SHAPE.values()
-
-    def inputs():
-        x, z, dy = (torch.randn(rows, dim, device="cuda").to(dtype) for _ in range(3))
-        return x, torch.randn(dim, device="cuda"), z, dy
-
-    def norm(x, weight, z):
-        return statescan.gated_rms_norm(x, weight, None, z)
-
-    one = rows * dim * torch.empty((), dtype=dtype).element_size()
-    yield "gated_rms_norm", NORM_SHAPE, lambda x, w, z, dy: norm(x, w, z), inputs, 3 * one
-    yield "gated_rms_norm backward", NORM_SHAPE, with_backward(norm, 3), inputs, 5 * one
-
-
-def bench_moving(cases, dtype, layout, bandwidth):
-    rows = []
-    for name, shape, call, inputs, moved in cases:
-        sets = [inputs() for _ in range(SETS)]
-        time = milliseconds([lambda args=args, call=call: call(*args) for args in sets])
-        rows.append(
-            {
-                "op": name, "who": "statescan", "dtype": str(dtype), "layout": layout, **shape,
-                "ms": time, "share_of_copy": moved / time["median"] * 1e3 / bandwidth,
-            }
-        )  # fmt: skip
-    return rows
-
-
-def check_moving():
-    """On small shapes, before anything is timed."""
-    x = torch.randn(2, 16, 56, 56, device="cuda")
-    for mode in ("cross2d", statescan.routes.mhs_vm(56, 56, "S")):
-        for last in (False, True):
-            y = statescan.cross_scan(x, mode, out_channel_last=last)
-            z = statescan.cross_merge(y, 56, 56, mode, channel_last=last, out_channel_last=False)
-            testing.assert_close("z", z, 4 * x.flatten(2))
-    x, z = (torch.randn(50, 512, device="cuda") for _ in range(2))
-    w = torch.randn(512, device="cuda")
-    want = reference.gated_rms_norm(x.double(), w.double(), None, z.double())
-    testing.assert_close("y", statescan.gated_rms_norm(x, w, None, z), want)
-
-
-def bench_conv_backward(dtype, channel_last, bandwidth):
-    """x and dy are read, dx is written; forwards of all sets are kept, and only backwards timed."""
-    rows = []
-    sets = [conv_inputs(**CONV_SHAPE, dtype=dtype, channel_last=channel_last) for _ in range(SETS)]
-    bytes_moved = 3 * sets[0][0].numel() * sets[0][0].element_size()
-    for name, call in conv_peers().items():
-        backwards = []
-        for args in sets:
-            leaves = [x.detach().requires_grad_() for x in args]
-            y = call(*leaves)
-            backwards.append((y, leaves, torch.empty_like(y).normal_()))
-        time = milliseconds(
-            [
-                lambda b=b: torch.autograd.grad(b[0], b[1], b[2], retain_graph=True)
-                for b in backwards
-            ]
-        )
-        rows.append(
-            {
-                "op": "causal_conv1d backward", "who": name, "dtype": str(dtype),
-                "layout": "channel-last" if channel_last else "channel-first", **CONV_SHAPE,
-                "ms": time, "share_of_copy": bytes_moved / time["median"] * 1e3 / bandwidth,
-            }
-        )  # fmt: skip
-        del backwards
-    return rows
-
-
-def step_inputs(batch, heads, headdim, state, dtype):
-    """One token of Mamba-2; everything but the state is bfloat16 or a float32 parameter."""
-
-    def randn(*shape):
-        return torch.randn(shape, device="cuda").bfloat16()
-
-    h = torch.randn(batch, heads, headdim, state, device="cuda").to(dtype)
-    A, bias = -torch.rand(heads, device="cuda"), torch.randn(heads, device="cuda")
-    x, z, D = randn(batch, heads, headdim), randn(batch, heads, headdim), A.clone()
-    return h, x, randn(batch, heads), A, randn(batch, 1, state), randn(batch, 1, state), D, z, bias
-
-
-def bench_step(dtype, bandwidth):
-    sets = [step_inputs(**STEP_SHAPE, dtype=dtype) for _ in range(SETS)]
-    double = [x.double() for x in step_inputs(2, 4, 64, 128, dtype=dtype)]
-    ours = [x.clone() for x in double]
-    want = reference.selective_state_update(*double, dt_softplus=True)
-    got = statescan.selective_state_update(*(x.float() for x in ours), dt_softplus=True)
-    testing.assert_close("y", got, want)
-    calls = [
-        lambda args=args: statescan.selective_state_update(*args, dt_softplus=True) for args in sets
-    ]
-    time, bytes_moved = milliseconds(calls), 2 * sets[0][0].numel() * sets[0][0].element_size()
-    return [
-        {
-            "op": "selective_state_update", "who": "statescan", "dtype": str(dtype), "layout": "",
-            **STEP_SHAPE, "ms": time,
-            "share_of_copy": bytes_moved / time["median"] * 1e3 / bandwidth,
-        }
-    ]  # fmt: skip
-
-
-def scan_inputs(batch, dim, seqlen, state, dtype, channel_last):
-    def timed(rows):
-        shape = (batch, seqlen, rows) if channel_last else (batch, rows, seqlen)
-        x = torch.randn(shape, device="cuda").to(dtype)
-        return x.transpose(1, 2) if channel_last else x
-
-    A = -torch.rand(dim, state, device="cuda") - 0.5
-    D, bias = torch.randn(dim, device="cuda"), torch.randn(dim, device="cuda")
-    return timed(dim), timed(dim), A, timed(state), timed(state), D, timed(dim), bias
-
-
-def scan_peers():
-    def ours(*x):
-        return statescan.selective_scan(*x, delta_softplus=True)
-
-    found = {"statescan": ours}
-    try:
-        module = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
-        found["mamba-ssm"] = lambda *x: module.selective_scan_fn(*x, delta_softplus=True)
-    except ImportError:
-        pass
-    return found
-
-
-def check_scan(call, state, dtype, channel_last):
-    x = scan_inputs(2, 64, 300, state, dtype, channel_last)
-    want = reference.selective_scan(*(v.double() for v in x), delta_softplus=True)
-    testing.assert_close("y", call(*x), want, dtype)
-
-
-def backward_call(call, x):
-    """Only the backward, of a forward that was run before."""
-    x = [v.requires_grad_() for v in x]
-    y = call(*x)
-    dy = torch.randn_like(y)
-    return lambda: torch.autograd.grad(y, x, dy, retain_graph=True)
-
-
-def bench_scan(shape, dtype, channel_last, bandwidth):
-    """Bytes are those of u, delta, z, y and their gradients, read or written once."""
-    rows = []
-    for name, call in scan_peers().items():
-        check_scan(call, shape["state"], dtype, channel_last)
-        for direction, tensors in (("forward", 4), ("backward", 7)):
-            sets = [scan_inputs(**shape, dtype=dtype, channel_last=channel_last) for _ in range(2)]
-            bytes_moved = tensors * sets[0][0].numel() * sets[0][0].element_size()
-            if direction == "forward":
-                calls = [lambda x=x, call=call: call(*x) for x in sets]
-            else:
-                calls = [backward_call(call, x) for x in sets]
-            time = milliseconds(calls)
-            rows.append(
-                {
-                    "op": f"selective_scan {direction} B{shape['batch']} N{shape['state']}",
-                    "who": name, "dtype": str(dtype),
-                    "layout": "channel-last" if channel_last else "channel-first", **shape,
-                    "ms": time, "share_of_copy": bytes_moved / time["median"] * 1e3 / bandwidth,
-                }
-            )  # fmt: skip
-            del calls, sets
-    return rows
-
-
-def main():
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    bandwidth = copy_bandwidth()
-    rows = [
-        row
-        for dtype in (torch.bfloat16, torch.float32)
-        for channel_last in (True, False)
-        for bench in (bench_conv, bench_conv_backward)
-        for row in bench(dtype, channel_last, bandwidth)
-    ]
-    check_moving()
-    for dtype in (torch.bfloat16, torch.float32):
-        for last in (True, False):
-            layout = "channel-last" if last else "channel-first"
-            rows += bench_moving(route_cases(dtype, last), dtype, layout, bandwidth)
-        rows += bench_moving(norm_cases(dtype), dtype, "rows", bandwidth)
-    for dtype in (torch.float32, torch.bfloat16):
-        rows += bench_step(dtype, bandwidth)
-    rows += [
-        row
-        for shape in SCAN_SHAPES
-        for channel_last in (True, False)
-        for row in bench_scan(shape, torch.bfloat16, channel_last, bandwidth)
-    ]
-    print(f"{torch.cuda.get_device_name()}, copy {bandwidth / 1e9:.0f} GB/s")
-    for row in rows:
-        print(
-            f"{row['op']:<32} {row['who']:<14} {row['dtype']:<16} {row['layout']:<14}"
-            f"{row['ms']['median']:8.3f} ms ({row['ms']['low']:.3f} - {row['ms']['high']:.3f})"
-            f"{row['share_of_copy']:7.0%} of a copy"
-        )
+    add = parser.add_argument
+    add("--json", type=Path, help="save everything")
+    add("--measured", type=Path, help="what first_measurements printed")
+    add("--seconds", type=float, default=300, help="for all of it")
+    add("--op", action="append", choices=list(OPS), help="only these")
+    add("--dry", action="store_true", help="on the CPU, at tiny shapes")
+    add("--rows", type=Path, help=argparse.SUPPRESS)  # of a process for one operator
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> list[dict]:
+    options = parse(arguments)
+    device = torch.device("cpu" if options.dry else "cuda")
+    names = options.op or [name for name, op in OPS.items() if "gpu" in op.presets]
+    names.sort(key=lambda name: len(jobs_of(OPS[name])))  # what some leave is for those with more
+    begin = time.time()
+    if options.rows:
+        with options.rows.open("a") as file:
+            rates = read_rates(options.measured, device)
+            run_op(OPS[names[0]], device, rates, begin + options.seconds,
+                   lambda row: print(json.dumps(row), file=file, flush=True))  # fmt: skip
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows"
+        for i, name in enumerate(names):
+            left = max(options.seconds - (time.time() - begin), 0)
+            child(name, options, file, left / (len(names) - i))
+        rows = [json.loads(text) for text in file.read_text().splitlines()]
+    about = describe(device)
+    print(json.dumps(about))
+    print("\n".join(line(row) for row in rows))
     if options.json:
-        facts = machine.describe(torch.device("cuda"))
-        result = {"machine": facts, "copy_bytes_per_second": bandwidth, "results": rows}
+        result = {"machine": about, "rates": read_rates(options.measured, device), "results": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    failed = [row for row in main() if row["who"] in (OURS, "the process") and "failed" in row]
+    sys.exit(len(failed) > 0)

@@ -39,6 +39,10 @@ TINY = {
     "mamba2_mixer": [
         Case("tiny", {"B": 2, "L": 9, "M": 7, "H": 4, "P": 3, "N": 5, "G": 2}),
     ],
+    "mamba2_step": [
+        Case("tiny", {"B": 2, "H": 4, "P": 3, "N": 5, "G": 2, "ring": 0}),
+        Case("circular", {"B": 2, "H": 4, "P": 3, "N": 5, "G": 2, "ring": 1}),
+    ],
     "materialize_mixer": [Case("tiny", {"B": 2, "L": 9, "H": 4, "N": 3, "G": 2})],
     "cross_scan": [Case("tiny", {"B": 2, "C": 5, "H": 3, "W": 4})],
     "cross_merge": [Case("tiny", {"B": 2, "C": 5, "H": 3, "W": 4})],

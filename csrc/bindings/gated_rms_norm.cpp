@@ -25,9 +25,6 @@ void lay_out(Problem& p, const Tensor& x, const std::vector<Tensors>& all) {
   }
 }
 
-// Rows that a thread takes at once hold some 16000 elements: to wake another costs as much.
-int64_t grain(const Problem& p, int64_t tasks) { return p.rows * p.dim <= 16384 ? tasks : 1; }
-
 std::tuple<Tensor, Tensor> gated_rms_norm_fwd(
     const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& z, const OptionalTensor& residual, double eps, int64_t group_size,
@@ -52,7 +49,7 @@ std::tuple<Tensor, Tensor> gated_rms_norm_fwd(
   p.in_place = p.in_place && !residual && !return_residual;
   if (p.dim > 0) {
     run_tasks([](const FwdParams& q, const Range& r) { fwd(q, r); }, p, p.tasks(),
-              p.scratch_bytes(), grain(p, p.tasks()));
+              p.scratch_bytes(), p.grain(p.tasks()));
   }
   return {*y, sum ? *sum : empty(x, {0}, x.scalar_type())};
 }
@@ -114,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_rms_norm_bwd(
     p.dparameters = partial->data_ptr();
   }
   run_tasks([](const BwdParams& q, const Range& r) { bwd(q, r); }, p, tasks, p.scratch_bytes(),
-            grain(p, tasks));
+            p.grain(tasks));
   if (weight) add_up(*partial, 0, p, dweight);
   if (bias) add_up(*partial, 1, p, dbias);
   return {*dx, dweight, dbias, dz ? *dz : absent(), dresidual ? *dresidual : absent()};

@@ -52,6 +52,12 @@ STABLE_TORCH_LIBRARY(statescan, m) {
       "selective_state_update(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, "
       "Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state_batch_indices, bool dt_softplus, "
       "float dt_min, float dt_max, bool compute_output, ScalarType? out_dtype) -> Tensor");
+  // -> y (batch, [tokens,] inner); both states are changed in place
+  m.def(
+      "mamba2_step(Tensor zxbcdt, Tensor(a!) conv_state, Tensor(b!) ssm_state, Tensor conv_weight, "
+      "Tensor? conv_bias, Tensor? dt_bias, Tensor A, Tensor? D, Tensor? norm_weight, "
+      "float norm_eps, bool norm_before_gate, int? norm_group_size, bool silu, bool dt_softplus, "
+      "float dt_min, float dt_max, Tensor? cache_seqlens, Tensor? state_batch_indices) -> Tensor");
   // -> y, final_state (empty if not asked for)
   m.def(
       "causal_conv1d_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, "

@@ -10,15 +10,6 @@ namespace {
 using selective_state_update::Params;
 using selective_state_update::Shape;
 
-// Tasks that a thread takes at once. A number of the state whose decay needs an exponential of its own
-// weighs as much as four that share one. Up to 256 K of the latter (20 us) a second thread costs more
-// than it brings; beyond, 64 shares are even enough, and neighbours in a share reuse B and C.
-int64_t grain(const Params& p) {
-  const int64_t numbers = p.batch * p.tokens * p.heads * p.headdim * p.state;
-  const int64_t weight = p.A.stride[2] == 0 ? 1 : 4;
-  return numbers * weight <= (1 << 18) ? p.tasks() : p.tasks() / 64 + 1;
-}
-
 Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor& dt,
                               const Tensor& A, const Tensor& B, const Tensor& C,
                               const OptionalTensor& D, const OptionalTensor& z,
@@ -43,7 +34,7 @@ Tensor selective_state_update(const Tensor& state, const Tensor& x, const Tensor
   }
   const Tensor y = output(in, out_dtype, p);
   run_tasks([](const Params& q, const Range& r) { update(q, r); }, p, p.tasks(), p.scratch_bytes(),
-            grain(p));
+            p.grain());
   return y;
 }
 

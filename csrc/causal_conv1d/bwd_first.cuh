@@ -85,13 +85,13 @@ struct RowPart {
 
   // dpre of the pack's outputs, and their terms of the sums if the row `counts` (what is not masked does).
   template <bool kMasked>
-  static __device__ __forceinline__ void outputs(const Neighbours<T, kLeft, kRight>& x,
+  static __device__ __forceinline__ void outputs(const Neighbours<T>& x,
                                                  const Pack<T, kVec>& gradient, const Window& w,
                                                  const Taps<kWidth, 1>& taps, bool use_silu,
                                                  bool counts, float (&dpre)[kVec],
                                                  float (&sums)[kWidth + 1]) {
     float in[kVec + kReach];
-    x.unpack(in);
+    x.template unpack<kLeft>(in);
     gradient.unpack(dpre);
 #pragma unroll
     for (int i = 0; kMasked && i < kVec + kReach; ++i) {
@@ -110,7 +110,7 @@ struct RowPart {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) pre[i] += taps.w[k][0] * seen(i, k);
     }
-    activate_vjp_all(pre, use_silu, dpre);
+    activate_vjp_all<T>(pre, use_silu, dpre);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       if (kMasked && (w.no_output >> (i + kReach) & 1)) dpre[i] = 0;
@@ -267,13 +267,13 @@ __global__ __launch_bounds__(kBwdThreads, 4) void channel_first_kernel(const Bwd
     while (at < stop + kRow) {
       if (walk.aligned && at >= begin && at + kGroup * kRow <= stop &&
           rows_are_whole<kVec, kReach>(p.sequences, b, at - off, walk.time(at), run)) {
-        Neighbours<T, kLeft, kRight> inputs[kGroup];
+        Neighbours<T> inputs[kGroup];
         Pack<T, kVec> gradients[kGroup];
         const T* x_own = x + walk.time(at);
         const T* dy_own = dy + walk.time(at);
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-          inputs[i].load_whole(x_own + i * kRow);
+          inputs[i].load_whole(x_own + i * kRow, kLeft > 0, kRight > 0);
           gradients[i] = Pack<T, kVec>::load(dy_own + i * kRow);
         }
 #pragma unroll
@@ -295,8 +295,8 @@ __global__ __launch_bounds__(kBwdThreads, 4) void channel_first_kernel(const Bwd
       if (takes_part(at)) {
         const int64_t t = walk.time(at);
         const bool counts = at >= begin && at < end;
-        Neighbours<T, kLeft, kRight> inputs;
-        inputs.load(x, t, p.seqlen, walk.aligned);
+        Neighbours<T> inputs;
+        inputs.load(x, t, p.seqlen, walk.aligned, kLeft > 0, kRight > 0);
         const Pack<T, kVec> gradient = load_pack(dy, t, p.seqlen, walk.aligned);
         window = window_at<kVec, kReach>(p, b, t, run);
         Part::template outputs<true>(inputs, gradient, window, walk.taps, p.silu, counts, dpre,

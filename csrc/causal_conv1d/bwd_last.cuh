@@ -87,7 +87,7 @@ struct Walk {
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) pre[c] += taps.w[k][c] * x[k][c];
     }
-    activate_vjp_all(pre, use_silu, d);
+    activate_vjp_all<T>(pre, use_silu, d);
 #pragma unroll
     for (int c = 0; c < kVec; ++c) {
       if (!kInside && !is_output) d[c] = 0;

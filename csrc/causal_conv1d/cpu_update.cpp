@@ -63,9 +63,8 @@ class Update {
     filter_ = scratch.take<R>((p.width + 1) * p.kChannels);
     in_ = scratch.take<R>((std::max(p.state_len, p.width) + p.tokens) * kLanes<R>);
     y_ = scratch.take<R>(p.tokens * kLanes<R>);
-    by_four_ = p.tokens == 1 && p.width == 4 && p.state_len == 4 && p.positions == nullptr &&
-               p.state.stride[1] == 4 && p.state.stride[2] == 1 && p.x.stride[1] == 1 &&
-               p.y.stride[1] == 1;
+    by_four_ = p.tokens == 1 && p.width == 4 && p.state_len == 4 && p.state.stride[1] == 4 &&
+               p.state.stride[2] == 1 && p.x.stride[1] == 1 && p.y.stride[1] == 1;
   }
 
   void run(int64_t task) {
@@ -128,29 +127,33 @@ class Update {
     if constexpr (std::is_same_v<R, float>) {
       with_short_type(p_.state.dtype, [&](auto* state_type) {
         with_short_type(p_.x.dtype, [&](auto* type) {
-          next = step_by_four<std::remove_pointer_t<decltype(type)>>(
-              b, static_cast<decltype(state_type)>(plane(p_.state, slot, begin, 0).data), begin,
-              end);
+          using T = std::remove_pointer_t<decltype(type)>;
+          auto* state = static_cast<decltype(state_type)>(plane(p_.state, slot, begin, 0).data);
+          next = p_.positions == nullptr ? step_by_four<T, false>(b, state, begin, end)
+                                         : step_by_four<T, true>(b, state, begin, end);
         });
       });
     }
     return next;
   }
 
-  template <class T, class S>
+  // kTurns: the state is circular, the newest input takes the place of the oldest.
+  template <class T, bool kTurns, class S>
   int64_t step_by_four(int64_t b, S* state, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(p_.x.data) + b * p_.x.stride[0];
     T* y = static_cast<T*>(p_.y.data) + b * p_.y.stride[0];
+    const int newest = kTurns ? int(p_.positions[b] & 3) : 3;
     int64_t c = begin;
     for (; c + kLanes<R> <= end; c += kLanes<R>, state += 4 * kLanes<R>) {
       const R* taps = taps_at(c - begin);
       Vec<R> in[4];
       load_by_four<R>(state, in);
-      // Moved on by one input; the oldest, in[0], is not seen.
-      in[0] = in[1], in[1] = in[2], in[2] = in[3], in[3] = load_convert<R>(x + c);
+      // The oldest, in[0] or in[newest], is not seen.
+      if constexpr (!kTurns) in[0] = in[1], in[1] = in[2], in[2] = in[3];
+      in[newest] = load_convert<R>(x + c);
       Vec<R> sum = load(taps + 4 * kLanes<R>);
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) sum += load(taps + k * kLanes<R>) * in[k];
+      for (int k = 0; k < 4; ++k) sum += load(taps + k * kLanes<R>) * in[(newest + 1 + k) & 3];
       store_convert<R>(y + c, activate(sum, p_.silu));
       store_by_four<R>(state, in);
     }

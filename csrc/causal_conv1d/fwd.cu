@@ -51,7 +51,7 @@ __device__ __forceinline__ void filter_rows(const T* x, int64_t x_step, T* y, in
       for (int k = 0; k < kWidth - 2; ++k) seen[k][c] = seen[k + 1][c];
       seen[kWidth - 2][c] = newest[c];
     }
-    activate_all(sum, silu);
+    activate_all<T>(sum, silu);
     Pack<T, kVec>::of(sum).store(y + i * y_step);
   }
 }
@@ -102,41 +102,10 @@ __global__ __launch_bounds__(kThreads, 3) void channel_last_kernel(const FwdPara
 
 constexpr int kPacks = 4;  // of a lane, 32 lanes apart, loaded together
 
-// A pack of inputs with the one before and the one after, as far as they are needed.
-template <class T>
-struct Near {
-  static constexpr int kVec = kPackSize<T>;
-  Pack<T, kVec> before, own, after;
-
-  __device__ __forceinline__ void load(const T* x, bool with_before, bool with_after) {
-    own = Pack<T, kVec>::load(x);
-    if (with_before) before = Pack<T, kVec>::load(x - kVec);
-    if (with_after) after = Pack<T, kVec>::load(x + kVec);
-  }
-
-  // in[i] is the input at time t - kLeft + i.
-  template <int kLeft, int kCount>
-  __device__ __forceinline__ void unpack(float (&in)[kCount]) const {
-    float near[kVec];
-    if constexpr (kLeft > 0) {
-      before.unpack(near);
-#pragma unroll
-      for (int i = 0; i < kLeft; ++i) in[i] = near[kVec - kLeft + i];
-    }
-    own.unpack(near);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) in[kLeft + i] = near[i];
-    if constexpr (kLeft + kVec < kCount) {
-      after.unpack(near);
-#pragma unroll
-      for (int i = kLeft + kVec; i < kCount; ++i) in[i] = near[i - kLeft - kVec];
-    }
-  }
-};
-
 // The outputs of one pack.
 template <class T, int kWidth>
-__device__ __forceinline__ Pack<T, kPackSize<T>> filter_pack(const FwdParams& p, const Near<T>& x,
+__device__ __forceinline__ Pack<T, kPackSize<T>> filter_pack(const FwdParams& p,
+                                                             const Neighbours<T>& x,
                                                              const Taps<kWidth, 1>& taps) {
   constexpr int kVec = kPackSize<T>;
   float in[kVec + kWidth - 1], y[kVec];
@@ -153,7 +122,7 @@ __device__ __forceinline__ Pack<T, kPackSize<T>> filter_pack(const FwdParams& p,
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) y[i] += taps.w[k][0] * in[i + k];
   }
-  activate_all(y, p.silu);
+  activate_all<T>(y, p.silu);
   return Pack<T, kVec>::of(y);
 }
 
@@ -176,7 +145,7 @@ __global__ __launch_bounds__(kThreads, 4) void channel_first_kernel(const FwdPar
     const int64_t t0 = (strip * (32 * kPacks) + threadIdx.x % 32) * kVec - misalignment(x);
     auto time = [&](int i) { return t0 + i * 32 * kVec; };
 
-    Near<T> in[kPacks];
+    Neighbours<T> in[kPacks];
     unsigned whole = 0;  // the packs with all of their inputs
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
@@ -185,7 +154,7 @@ __global__ __launch_bounds__(kThreads, 4) void channel_first_kernel(const FwdPar
       if (aligned && t >= (with_before ? kVec : 0) && end + (with_after ? kVec : 0) <= p.seqlen &&
           in_one_run(p.sequences, b, t - p.left(), end + p.right())) {
         whole |= 1u << i;
-        in[i].load(x + t, with_before, with_after);
+        in[i].load_whole(x + t, with_before, with_after);
       }
     }
     Taps<kWidth, 1> taps;

@@ -35,26 +35,28 @@ __device__ __forceinline__ Pack<T, kPackSize<T>> load_pack(const T* row, int64_t
   return {uint4{words[0], words[1], words[2], words[3]}};
 }
 
-// A pack with those of its neighbours that kLeft inputs before it and kRight after it lie in.
-template <class T, int kLeft, int kRight>
+// A pack with the one before and the one after, as far as they are needed.
+template <class T>
 struct Neighbours {
-  static constexpr int kVec = kPackSize<T>, kCount = kVec + kLeft + kRight;
+  static constexpr int kVec = kPackSize<T>;
   Pack<T, kVec> before, own, after;
 
-  __device__ __forceinline__ void load(const T* row, int64_t t, int64_t n, bool aligned) {
-    if constexpr (kLeft > 0) before = load_pack(row, t - kVec, n, aligned);
+  __device__ __forceinline__ void load(const T* row, int64_t t, int64_t n, bool aligned,
+                                       bool with_before, bool with_after) {
+    if (with_before) before = load_pack(row, t - kVec, n, aligned);
     own = load_pack(row, t, n, aligned);
-    if constexpr (kRight > 0) after = load_pack(row, t + kVec, n, aligned);
+    if (with_after) after = load_pack(row, t + kVec, n, aligned);
   }
 
   // All of it there, and aligned.
-  __device__ __forceinline__ void load_whole(const T* from) {
-    if constexpr (kLeft > 0) before = Pack<T, kVec>::load(from - kVec);
+  __device__ __forceinline__ void load_whole(const T* from, bool with_before, bool with_after) {
     own = Pack<T, kVec>::load(from);
-    if constexpr (kRight > 0) after = Pack<T, kVec>::load(from + kVec);
+    if (with_before) before = Pack<T, kVec>::load(from - kVec);
+    if (with_after) after = Pack<T, kVec>::load(from + kVec);
   }
 
   // in[i] is the input at time t - kLeft + i.
+  template <int kLeft, int kCount>
   __device__ __forceinline__ void unpack(float (&in)[kCount]) const {
     float near[kVec];
     if constexpr (kLeft > 0) {
@@ -65,10 +67,10 @@ struct Neighbours {
     own.unpack(near);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) in[kLeft + i] = near[i];
-    if constexpr (kRight > 0) {
+    if constexpr (kLeft + kVec < kCount) {
       after.unpack(near);
 #pragma unroll
-      for (int i = 0; i < kRight; ++i) in[kLeft + kVec + i] = near[i];
+      for (int i = kLeft + kVec; i < kCount; ++i) in[i] = near[i - kLeft - kVec];
     }
   }
 };

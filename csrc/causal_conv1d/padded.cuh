@@ -1,5 +1,5 @@
-// One output of the short convolution at a time, anywhere in a sequence and for any dtypes and width:
-// what the fast kernels leave out, and all that there is to the others.
+// One output of the short convolution at a time, anywhere in a sequence and for any dtypes and
+// width: what the fast kernels leave out, and all that there is to the others.
 #pragma once
 
 #include "causal_conv1d/cuda.h"
@@ -20,8 +20,8 @@ __device__ __forceinline__ R load_bias(const Inputs& p, int64_t c) {
   return p.bias ? load_element<R>(p.bias.data, p.bias.dtype, c * p.bias.stride[0]) : R(0);
 }
 
-// The input at time t of a run, which may be up to width - 1 before or after it: then of its initial
-// state, or zero.
+// The input at time t of a run, which may be up to width - 1 before or after it: then of its
+// initial state, or zero.
 template <class R>
 __device__ __forceinline__ R padded_input(const Inputs& p, const Run& run, int64_t b, int64_t c,
                                           int64_t t) {
@@ -87,21 +87,22 @@ struct Taps {
   }
 };
 
-// activate for all of x, behind one branch: the exponentials of several numbers run side by side.
-template <int kCount>
+// activate for all of x, which are on their way from and to T, behind one branch: the exponentials
+// of several numbers run side by side.
+template <class T, int kCount>
 __device__ __forceinline__ void activate_all(float (&x)[kCount], bool use_silu) {
   if (!use_silu) return;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) x[i] = activate(x[i], true);
+  for (int i = 0; i < kCount; ++i) x[i] *= sigmoid_for<T>(x[i]);
 }
 
 // d becomes activate_vjp(pre, d).
-template <int kCount>
+template <class T, int kCount>
 __device__ __forceinline__ void activate_vjp_all(const float (&pre)[kCount], bool use_silu,
                                                  float (&d)[kCount]) {
   if (!use_silu) return;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) d[i] = activate_vjp(pre[i], d[i], true);
+  for (int i = 0; i < kCount; ++i) d[i] *= silu_slope(pre[i], sigmoid_for<T>(pre[i]));
 }
 
 // The run whose end is the final state of a slot: is it this one? Its slot, or -1.

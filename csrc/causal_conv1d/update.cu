@@ -15,13 +15,6 @@ namespace {
 
 constexpr int kThreads = 64;  // few: a small batch spreads over more SMs
 
-// -1: there is none.
-__device__ __forceinline__ int64_t slot_at(const UpdateParams& p, int64_t b) {
-  if (!p.slot_of) return b;
-  const int64_t slot = p.slot_of.at(b);
-  return slot < p.slots ? slot : -1;
-}
-
 template <class R>
 __device__ __forceinline__ void store_y(const UpdateParams& p, int64_t b, int64_t c, int64_t t,
                                         R y) {
@@ -30,15 +23,26 @@ __device__ __forceinline__ void store_y(const UpdateParams& p, int64_t b, int64_
 
 // ---- the usual case
 
+// kWidth neighbours at once, 8 or 16 bytes (kPacked), or one by one.
+template <bool kPacked, class T, int kWidth>
+__device__ __forceinline__ void load_line(const T* from, int64_t step, float (&x)[kWidth]) {
+  if constexpr (kPacked) {
+    Pack<T, kWidth>::load(from).unpack(x);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) x[k] = to_number(from[k * step]);
+  }
+}
+
 // Thread: a channel of a batch element. The state's last kWidth - 1 inputs and the newest are in
-// registers.
-template <class T, int kWidth>
+// registers. kPacked: a state of kWidth inputs and the taps lie in lines.
+template <class T, int kWidth, bool kPacked>
 __global__ __launch_bounds__(kThreads) void short_state_kernel(const UpdateParams p, Divisor dim,
                                                                int64_t tasks) {
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
     int64_t c;
-    const int64_t b = dim.divide(task, c), slot = slot_at(p, b);
+    const int64_t b = dim.divide(task, c), slot = slot_at(p.slot_of, p.slots, b);
     T* y = static_cast<T*>(p.y.data) + b * p.y.stride[0] + c * p.y.stride[1];
     if (slot < 0) {
       for (int64_t t = 0; t < p.tokens; ++t) y[t * p.y.stride[2]] = from_number<T>(0);
@@ -49,26 +53,33 @@ __global__ __launch_bounds__(kThreads) void short_state_kernel(const UpdateParam
     const int64_t step = p.state.stride[2], skipped = p.state_len - (kWidth - 1);
     T* state = static_cast<T*>(p.state.data) + slot * p.state.stride[0] + c * p.state.stride[1];
 
-    T seen[kWidth], taps[kWidth], newest = x[0], bias{};
+    float seen[kWidth], taps[kWidth], newest = to_number(x[0]), bias = 0;
+    if constexpr (kPacked) {
+      load_line<true>(state, 1, seen);
+    } else {
 #pragma unroll
-    for (int k = 1; k < kWidth; ++k) seen[k] = state[(k - 1 + skipped) * step];
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) taps[k] = weight[k * p.weight.stride[1]];
-    if (p.bias) bias = static_cast<const T*>(p.bias.data)[c * p.bias.stride[0]];
+      for (int k = 1; k < kWidth; ++k) seen[k] = to_number(state[(k - 1 + skipped) * step]);
+    }
+    load_line<kPacked>(weight, p.weight.stride[1], taps);
+    if (p.bias) bias = to_number(static_cast<const T*>(p.bias.data)[c * p.bias.stride[0]]);
     for (int64_t t = 0; t < p.tokens; ++t) {
 #pragma unroll
       for (int k = 0; k < kWidth - 1; ++k) seen[k] = seen[k + 1];
       seen[kWidth - 1] = newest;
-      if (t + 1 < p.tokens) newest = x[(t + 1) * p.x.stride[2]];
-      float pre = to_number(bias);
+      if (t + 1 < p.tokens) newest = to_number(x[(t + 1) * p.x.stride[2]]);
+      float pre = bias;
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) pre += to_number(taps[k]) * to_number(seen[k]);
+      for (int k = 0; k < kWidth; ++k) pre += taps[k] * seen[k];
       y[t * p.y.stride[2]] = from_number<T>(activate(pre, p.silu));
     }
+    if constexpr (kPacked) {
+      Pack<T, kWidth>::of(seen).store(state);
+    } else {
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const int64_t i = k - 1 + skipped;  // a state of width - 1 inputs does not keep the oldest
-      if (i >= 0) state[i * step] = seen[k];
+      for (int k = 0; k < kWidth; ++k) {
+        const int64_t i = k - 1 + skipped;  // a state of width - 1 inputs does not keep the oldest
+        if (i >= 0) state[i * step] = from_number<T>(seen[k]);
+      }
     }
   }
 }
@@ -133,7 +144,7 @@ __global__ __launch_bounds__(kThreads) void any_state_kernel(const UpdateParams 
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t task = int64_t(blockIdx.x) * kThreads + threadIdx.x; task < tasks; task += stride) {
     int64_t c;
-    const int64_t b = dim.divide(task, c), slot = slot_at(p, b);
+    const int64_t b = dim.divide(task, c), slot = slot_at(p.slot_of, p.slots, b);
     const AnyState state(p, b, c, slot);
     const int64_t width = slot < 0 ? 0 : p.width;  // what is skipped gives activate(0) = 0
 #pragma unroll 1
@@ -183,6 +194,17 @@ bool is_usual(const UpdateParams& p) {
          p.weight.dtype == dtype && (!p.bias || p.bias.dtype == dtype);
 }
 
+template <class T, int kWidth>
+void launch_usual(const UpdateParams& p, int64_t tasks, cudaStream_t stream) {
+  bool packed = false;
+  if constexpr (kWidth == 4) {
+    packed = p.state_len == 4 && in_lines(p.state, 4) && in_lines(p.weight, 4);
+  }
+  launch("causal_conv1d update",
+         packed ? short_state_kernel<T, kWidth, kWidth == 4> : short_state_kernel<T, kWidth, false>,
+         blocks_for(tasks, kThreads), kThreads, 0, stream, p, Divisor(p.dim), tasks);
+}
+
 }  // namespace
 
 void update(const UpdateParams& p, cudaStream_t stream) {
@@ -191,9 +213,7 @@ void update(const UpdateParams& p, cudaStream_t stream) {
   if (is_usual(p)) {
     with_fast_type(p.x.dtype, [&](auto* type) {
       with_fast_width(p.width, [&](auto width) {
-        launch("causal_conv1d update",
-               short_state_kernel<std::remove_pointer_t<decltype(type)>, width()>, blocks, kThreads,
-               0, stream, p, Divisor(p.dim), tasks);
+        launch_usual<std::remove_pointer_t<decltype(type)>, width()>(p, tasks, stream);
       });
     });
   } else {

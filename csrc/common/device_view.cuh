@@ -119,4 +119,15 @@ struct Pack {
 template <class T>
 inline constexpr int kPackSize = 16 / int(sizeof(T));
 
+// Are the starts of lines of `numbers` numbers as aligned as loads of 8 or 16 bytes want them?
+template <int kRank>
+inline bool in_lines(const View<kRank>& v, int64_t numbers) {
+  const int64_t bytes = element_bytes(v.dtype) * numbers;
+  const int64_t unit = (bytes < 16 ? bytes : 16) / element_bytes(v.dtype);
+  bool aligned = reinterpret_cast<uintptr_t>(v.data) % (unit * element_bytes(v.dtype)) == 0 &&
+                 v.stride[kRank - 1] == 1;
+  for (int i = 0; i + 1 < kRank; ++i) aligned = aligned && v.stride[i] % unit == 0;
+  return aligned;
+}
+
 }  // namespace statescan

@@ -24,6 +24,13 @@ struct IndexView {
   }
 };
 
+// The slot of batch element b in a pool of states; negative if it has none, or one that does not
+// exist.
+__device__ __forceinline__ int64_t slot_at(const IndexView& slot_of, int64_t slots, int64_t b) {
+  const int64_t slot = slot_of ? slot_of.at(b) : b;
+  return slot < slots ? slot : -1;
+}
+
 // Of one batch element with seq_idx: its tokens that are not padding, and the runs at their ends.
 struct RunEnds {
   int64_t begin, end;  // of all of them; begin == end: there is none

@@ -9,8 +9,8 @@
 
 namespace statescan {
 
-// e^x for x in [-105, 89], or NaN, by one ex2. x log2(e) is rounded before it is an exponent, which for large x alone would cost
-// six bits; what was rounded off multiplies the result.
+// e^x for x in [-105, 89], or NaN, by one ex2. x log2(e) is rounded before it is an exponent, which
+// for large x alone would cost six bits; what was rounded off multiplies the result.
 __device__ __forceinline__ float exp_within(float x) {
   constexpr float kLog2e = 1.44269504f, kLog2eLow = 1.92596303e-8f, kLn2 = 0.693147181f;
   const float exponent = x * kLog2e;
@@ -59,6 +59,13 @@ __device__ __forceinline__ R softplus_slope(R y) {
 // e^87 keeps the reciprocal normal; sigmoid(-87) is 2e-38 and x sigmoid(x) no better than 0.
 __device__ __forceinline__ float sigmoid(float x) {
   return ptx::rcp(1.0f + exp_within(ptx::at_most(ptx::at_least(-x, -105.0f), 87.0f)));
+}
+// The same for what is read from and written to T. Of 16 bits: 6 instructions less, for an error of
+// up to |x| 2^-24 of the result.
+template <class T>
+__device__ __forceinline__ float sigmoid_for(float x) {
+  if constexpr (sizeof(T) == 2) return ptx::rcp(1.0f + ptx::ex2(x * -1.44269504f));
+  return sigmoid(x);
 }
 __device__ __forceinline__ double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 

@@ -19,6 +19,8 @@ struct Problem : Shape {
   // to x: read and written in place. Otherwise by way of tiles in the compute type.
   bool in_place;
 
+  // Rows that a thread takes at once hold some 16000 elements: to wake another costs as much.
+  int64_t grain(int64_t tasks) const { return rows * dim <= 16384 ? tasks : 1; }
   STATESCAN_HOST_DEVICE int64_t batch() const {
     const int64_t rows = 1024 / (group_size > 0 ? group_size : 1);
     return rows < 1 ? 1 : rows > kBatch ? kBatch : rows;

@@ -24,6 +24,15 @@ struct Params : Shape {
     return headdim == 0 || tokens == 0 ? 0 : batch * heads * tasks_per_head();
   }
 
+  // Tasks that a thread takes at once. A number of the state whose decay needs an exponential of its
+  // own weighs as much as four that share one. Up to 256 K of the latter (20 us) a second thread costs
+  // more than it brings; beyond, 64 shares are even enough, and neighbours in a share reuse B and C.
+  int64_t grain() const {
+    const int64_t weight = A.stride[2] == 0 ? 1 : 4;
+    const bool few = batch * tokens * heads * headdim * state * weight <= (1 << 18);
+    return few ? tasks() : tasks() / 64 + 1;
+  }
+
   static constexpr int64_t kWidest = 16;  // lanes of the widest vector
   int64_t pitch() const { return (state + kWidest - 1) / kWidest * kWidest; }
   int64_t scratch_bytes() const {

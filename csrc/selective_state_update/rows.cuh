@@ -25,6 +25,17 @@ struct Raw {
     }
     return raw;
   }
+  __device__ __forceinline__ static Raw of(float x, DType dtype) {
+    const uint32_t half = dtype == DType::kFloat16 ? ptx::pack_f16(x, 0) : ptx::pack_bf16(x, 0);
+    return {dtype == DType::kFloat32 ? float_to_bits(x) : half};
+  }
+  __device__ __forceinline__ void store(void* data, DType dtype, int64_t offset) const {
+    if (dtype == DType::kFloat32) {
+      static_cast<uint32_t*>(data)[offset] = bits;
+    } else {
+      static_cast<uint16_t*>(data)[offset] = uint16_t(bits);
+    }
+  }
   __device__ __forceinline__ float number(DType dtype) const {
     const float half = ptx::f16_to_float(uint16_t(bits));
     return dtype == DType::kFloat32   ? bits_to_float(bits)
@@ -77,9 +88,10 @@ struct Place {
   __device__ __forceinline__ bool has(int i) const { return i * places < rows; }
 };
 
-// Some rows of the state, and what belongs to them, in a lane. T is the type of the state, X that of B and
-// C. kRowDecay: A is the same for all numbers of a row. What belongs to a row as a whole, lane i of a row
-// loads and computes for the i-th of its kRows, its own one, and hands to the others by shuffles.
+// Some rows of the state, and what belongs to them, in a lane. T is the type of the state, X that
+// of B and C. kRowDecay: A is the same for all numbers of a row. What belongs to a row as a whole,
+// lane i of a row loads and computes for the i-th of its kRows, its own one, and hands to the
+// others by shuffles.
 template <class T, class X, int kPacks, bool kRowDecay>
 struct Rows {
   static constexpr int kVec = kPackSize<T>;
@@ -110,11 +122,26 @@ struct Rows {
     }
   }
 
+  // From lines of numbers at any address of 16 bytes, in shared memory for instance.
+  __device__ __forceinline__ void load_projections(const Params& p, const Place& at, const X* B_t,
+                                                   const X* C_t) {
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+      const int64_t n = number(at, j);
+      B[j] = {}, C[j] = {};
+      if (n < p.state) B[j].load(B_t, n), C[j].load(C_t, n);
+    }
+  }
+
+  __device__ __forceinline__ void load_x(const Params& p, const Place& at, int64_t t) {
+    const int own = at.lane % kRows;
+    x = at.has(own) ? at_row(p.x, at.b, t, at.head, at.row(own)) : Raw{};
+  }
+
   __device__ __forceinline__ void load_token(const Params& p, const Place& at, int64_t t) {
-    x = dt = z = {};
+    dt = z = {};
     const int own = at.lane % kRows;
     if (!at.has(own)) return;
-    x = at_row(p.x, at.b, t, at.head, at.row(own));
     dt = at_row(p.dt, at.b, t, at.head, at.row(own));
     if (p.z) z = at_row(p.z, at.b, t, at.head, at.row(own));
   }
@@ -210,24 +237,39 @@ struct Rows {
     }
   }
 
+  // The sum over the lanes of a row, of the lane's own one: as many rows as it still has are halved
+  // with every step, lanes that differ in one bit each keep the rows of theirs.
+  __device__ __forceinline__ float own_sum(const Place& at, float (&sum)[kRows]) const {
+#pragma unroll
+    for (int bit = 1; bit < kRows; bit *= 2) {
+      const bool odd = (at.lane & bit) != 0;
+#pragma unroll
+      for (int i = 0; i < kRows; i += 2 * bit) {
+        const float kept = odd ? sum[i + bit] : sum[i], given = odd ? sum[i] : sum[i + bit];
+        sum[i] = kept + __shfl_xor_sync(kLanes, given, bit);
+      }
+    }
+#pragma unroll 1
+    for (int bit = kRows; bit < at.lanes; bit *= 2) sum[0] += __shfl_xor_sync(kLanes, sum[0], bit);
+    return sum[0];
+  }
+
   __device__ __forceinline__ void store_output(const Params& p, const Place& at, int64_t t,
                                                float (&sum)[kRows]) const {
-#pragma unroll 1
-    for (int lanes = at.lanes / 2; lanes > 0; lanes /= 2) {
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) sum[i] += __shfl_xor_sync(kLanes, sum[i], lanes);
-    }
+    float y = own_sum(at, sum);
     if (at.lane < kRows && at.has(at.lane)) {
-      float y = sum[0];
-#pragma unroll
-      for (int i = 1; i < kRows; ++i) {
-        if (i == at.lane) y = sum[i];
-      }
       if (p.D) y = skip(y, D.number(p.D.dtype), x.number(p.x.dtype));
       if (p.z) y = gate(y, z.number(p.z.dtype));
       store_y(p, at, t, at.row(at.lane), y);
     }
     __syncwarp();
+  }
+
+  // What is skipped: zeros.
+  static __device__ __forceinline__ void store_nothing(const Params& p, const Place& at) {
+    for (int64_t t = 0; p.compute_output && t < p.tokens; ++t) {
+      if (at.lane < kRows && at.has(at.lane)) store_y(p, at, t, at.row(at.lane), 0);
+    }
   }
 
   static __device__ __forceinline__ void store_y(const Params& p, const Place& at, int64_t t,

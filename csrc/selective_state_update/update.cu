@@ -20,28 +20,11 @@ namespace {
 constexpr int kThreads = 64;  // few: a small batch spreads over more SMs
 constexpr int kWarps = kThreads / 32;
 
-// -1: there is none.
-__device__ __forceinline__ int64_t slot_at(const Params& p, int64_t b) {
-  if (!p.slot_of) return b;
-  const int64_t slot = p.slot_of.at(b);
-  return slot < p.slots ? slot : -1;
-}
-
 // In the usual case, registers for 20 warps of an SM, or with 16-bit states, which take more, for 16: so
 // 40 or 32 KiB of the state are on their way.
 template <class T>
 constexpr int blocks_of_sm(int packs, bool row_decay) {
   return packs > 1 || !row_decay ? 6 : sizeof(T) == 4 ? 10 : 8;
-}
-
-// What is skipped: zeros.
-template <class Share>
-__device__ __forceinline__ void store_nothing(const Params& p, const Place& at) {
-  for (int64_t t = 0; p.compute_output && t < p.tokens; ++t) {
-    if (at.lane < Share::kRows && at.has(at.lane)) {
-      Share::store_y(p, at, t, at.row(at.lane), 0);
-    }
-  }
 }
 
 // Warp: `rounds` times kRows x places rows of one head of a batch element, all tokens. Grid over (batch,
@@ -61,17 +44,18 @@ __global__ __launch_bounds__(kThreads, blocks_of_sm<T>(kPacks, kRowDecay)) void 
     at.group = heads_of_group.divide(at.head, rest);
     const int rows = Share::kRows * at.places;
     at.first_row = part * rounds * rows + (lane >> log_lanes);
-    const int64_t slot = slot_at(p, at.b);
+    const int64_t slot = slot_at(p.slot_of, p.slots, at.b);
     Share share;
     for (int round = 0; round < rounds; ++round, at.first_row += rows) {
       const int64_t left = p.headdim - at.first_row;
       at.rows = int(left < rows ? left : rows);
       if (slot < 0) {
-        store_nothing<Share>(p, at);
+        share.store_nothing(p, at);
         continue;
       }
       T* const state = Share::state_at(p, at, slot);
       if (round == 0 || p.tokens > 1) share.load_projections(p, at, 0);
+      share.load_x(p, at, 0);
       share.load_token(p, at, 0);
       share.load_parameters(p, at);
       share.load_state(p, at, state);
@@ -81,6 +65,7 @@ __global__ __launch_bounds__(kThreads, blocks_of_sm<T>(kPacks, kRowDecay)) void 
         if (p.compute_output) share.store_output(p, at, t, sum);
         if (t + 1 == p.tokens) break;
         share.load_projections(p, at, t + 1);
+        share.load_x(p, at, t + 1);
         share.load_token(p, at, t + 1);
       }
       share.store_state(p, at, state);
@@ -117,7 +102,7 @@ __global__ __launch_bounds__(kThreads) void any_kernel(const Params p, Divisor h
        task += stride) {
     int64_t head, row;
     const int64_t b = heads.divide(rows.divide(task, row), head);
-    const int64_t group = head / (p.heads / p.groups), slot = slot_at(p, b);
+    const int64_t group = head / (p.heads / p.groups), slot = slot_at(p.slot_of, p.slots, b);
     const int64_t state = slot < 0 ? 0 : p.state;
     const int64_t offset = slot * p.h.stride[0] + head * p.h.stride[1] + row * p.h.stride[2];
 #pragma unroll 1
@@ -158,17 +143,6 @@ __global__ __launch_bounds__(kThreads) void any_kernel(const Params p, Divisor h
 }
 
 // ---- launches
-
-// Starts of lines of kVec numbers are as aligned as their loads want them.
-template <int kRank>
-bool in_lines(const View<kRank>& v, int64_t numbers) {
-  const int64_t bytes = element_bytes(v.dtype) * numbers;
-  const int64_t unit = (bytes < 16 ? bytes : 16) / element_bytes(v.dtype);
-  bool aligned = reinterpret_cast<uintptr_t>(v.data) % (unit * element_bytes(v.dtype)) == 0 &&
-                 v.stride[kRank - 1] == 1;
-  for (int i = 0; i + 1 < kRank; ++i) aligned = aligned && v.stride[i] % unit == 0;
-  return aligned;
-}
 
 template <class T, class X>
 bool is_fast(const Params& p) {

@@ -17,6 +17,7 @@ from statescan.ops.cross_scan import cross_merge, cross_scan
 from statescan.ops.decay_mask import decay_mask
 from statescan.ops.gated_rms_norm import gated_rms_norm
 from statescan.ops.mamba2_mixer import mamba2_mixer
+from statescan.ops.mamba2_step import mamba2_step
 from statescan.ops.materialize_mixer import materialize_mixer
 from statescan.ops.route_gather import route_gather, route_scatter
 from statescan.ops.selective_scan import selective_scan
@@ -38,6 +39,7 @@ __all__ = [
     "decay_mask",
     "gated_rms_norm",
     "mamba2_mixer",
+    "mamba2_step",
     "materialize_mixer",
     "modules",
     "reference",

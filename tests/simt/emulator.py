@@ -156,6 +156,7 @@ def library():
     lib.path = path
     lib.machine = ctypes.CDLL(str(path.with_name("machine.so")))
     lib.machine.simt_host_fault.restype = ctypes.c_char_p
+    lib.machine.simt_launched.restype = ctypes.c_char_p
     lib.machine.simt_schedule.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_int]
     for cases in ("conformance", "faults"):
         getattr(lib, f"{cases}_name").restype = ctypes.c_char_p
@@ -198,6 +199,11 @@ def run_case(prefix, name, fault=0, policy="forward", seed=0):
     )
     if error:
         raise EmulatorError(with_lines(error))
+
+
+def launched():
+    """Names of the kernels that the last call of an operator launched."""
+    return library().machine.simt_launched().decode().splitlines()
 
 
 class Emulated(TorchDispatchMode):

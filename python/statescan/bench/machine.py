@@ -100,7 +100,7 @@ def synchronize(device: torch.device) -> None:
 def measure_ceilings(device: torch.device, seconds: float = 0.2) -> Ceilings:
     """Each rate is the best of the runs that fit in about `seconds`: a ceiling is what the machine
     does when nothing disturbs it."""
-    copy = {size: _copy_rate(size, device, seconds) for size in COPY_SIZES}
+    copy = {size: copy_rate(size, device, seconds) for size in COPY_SIZES}
     exp_torch = _torch_exp_rate(device, seconds)
     if device.type != "cpu":
         return Ceilings(copy, exp_torch, None, exp_torch, None)
@@ -134,7 +134,7 @@ def _copy_arrays(moved: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return source, target
 
 
-def _copy_rate(moved: int, device: torch.device, seconds: float) -> float:
+def copy_rate(moved: int, device: torch.device, seconds: float) -> float:
     source, target = _copy_arrays(moved, device)
     repeats = max(1, (4 << 20) // moved)
 

@@ -17,9 +17,8 @@ from statescan.modules.parameters import (
     sequence_ids,
     step_bias,
 )
-from statescan.ops.causal_conv1d import causal_conv1d_update
 from statescan.ops.mamba2_mixer import mamba2_mixer
-from statescan.ops.selective_state_update import selective_state_update
+from statescan.ops.mamba2_step import mamba2_step
 
 
 class Mamba2(nn.Module):
@@ -208,33 +207,13 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """As `Mamba.step`, with states (slots, d_ssm + 2 * ngroups * d_state, d_conv - 1) and
         (slots, head, headdim, d_state)."""
-        zxbcdt = self._in(single_token(hidden_states))
-        zx_mlp, z, xBC, dt = zxbcdt.split(
-            (2 * self.d_mlp, self.d_ssm, self.conv1d.weight.shape[0], self.nheads), dim=-1
-        )
-        xBC = causal_conv1d_update(
-            xBC, conv_state, self.conv1d.weight, self.conv1d.bias, "silu",
-            conv_state_indices=state_indices,
+        out = mamba2_step(
+            self._in(single_token(hidden_states)), conv_state, ssm_state, self.conv1d.weight,
+            self.conv1d.bias, self.dt_bias, decay_rates(self.A_log), self._skip_weight(),
+            **self._norm_options(), dt_limit=self.dt_limit, state_batch_indices=state_indices,
         )  # fmt: skip
-        projection = self.ngroups * self.d_state
-        x, B, C = xBC.split((self.d_ssm, projection, projection), dim=-1)
-        heads, groups = (self.nheads, self.headdim), (self.ngroups, self.d_state)
-        y = selective_state_update(
-            ssm_state, x.unflatten(-1, heads), dt, decay_rates(self.A_log), B.unflatten(-1, groups),
-            C.unflatten(-1, groups), self._skip_weight(),
-            None if self.rmsnorm else z.unflatten(-1, heads), self.dt_bias, dt_softplus=True,
-            state_batch_indices=state_indices, dt_limit=self.dt_limit,
-            compute_output=compute_output,
-        )  # fmt: skip
-        if y is None:
-            return None, conv_state, ssm_state
-        y = y.flatten(-2)
-        if self.rmsnorm:
-            y = self.norm(y, z)
-        if self.d_mlp:
-            z_mlp, x_mlp = zx_mlp.chunk(2, dim=-1)
-            y = torch.cat([F.silu(z_mlp) * x_mlp, y], -1)
-        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+        out = self.out_proj(out).unsqueeze(1) if compute_output else None
+        return out, conv_state, ssm_state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None

@@ -12,6 +12,7 @@ from statescan.reference.causal_conv1d import (
 from statescan.reference.cross_scan import cross_merge, cross_scan
 from statescan.reference.gated_rms_norm import gated_rms_norm
 from statescan.reference.mamba2_mixer import mamba2_mixer
+from statescan.reference.mamba2_step import mamba2_step
 from statescan.reference.materialize_mixer import decay_mask, materialize_mixer
 from statescan.reference.route_gather import route_gather, route_scatter
 from statescan.reference.selective_scan import selective_scan
@@ -28,6 +29,7 @@ __all__ = [
     "decay_mask",
     "gated_rms_norm",
     "mamba2_mixer",
+    "mamba2_step",
     "materialize_mixer",
     "route_gather",
     "route_scatter",

@@ -18,7 +18,11 @@ void simt_schedule(int policy, unsigned seed, int resident) {
 void simt_begin() {
   simt::forget_buffers();
   simt::take_host_fault();
+  simt::launched.clear();
 }
+
+// Names of the kernels launched since then, a line each.
+const char* simt_launched() { return simt::launched.c_str(); }
 
 // What host code did wrong since then, or "".
 const char* simt_host_fault() {

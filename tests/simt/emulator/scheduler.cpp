@@ -12,6 +12,7 @@ namespace simt {
 
 Place* here = nullptr;
 Schedule schedule;
+std::string launched;
 
 namespace {
 
@@ -290,6 +291,7 @@ void run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*bo
   }
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (blocks > 1u << 22) throw std::runtime_error("simt: a grid too large to be emulated");
+  launched += std::string(name) + "\n";
   checker::begin_launch(unsigned(blocks));
   machine.random.seed(schedule.seed);
   machine.body = body, machine.closure = closure;

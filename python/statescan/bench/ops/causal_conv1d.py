@@ -19,6 +19,7 @@ def case(name: str, B: int, D: int, L: int, W: int) -> Case:
 PRESETS = {
     "targets": (case("Mamba-2 130M layer", 1, 1792, 2048, 4),),
     "quick": (case("small Mamba-2 layer", 1, 512, 1024, 4),),
+    "gpu": (case("Mamba-2 1.3B", 8, 4352, 8192, 4),),
     "sweep": tuple(case("long sequence", 1, 64, 10**n, 4) for n in (3, 4, 5, 6)),
     "mamba": (
         case("Mamba-1.4B", 8, 4096, 2048, 4),

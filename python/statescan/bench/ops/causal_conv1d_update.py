@@ -17,6 +17,7 @@ def case(name: str, B: int, D: int, W: int) -> Case:
 PRESETS = {
     "targets": tuple(case("Mamba-2 130M layer", batch, 1792, 4) for batch in (1, 8, 32)),
     "quick": (case("Mamba-2 130M layer", 1, 1792, 4),),
+    "gpu": tuple(case("Mamba-2 8B", batch, 8448, 4) for batch in (1, 128)),
     "mamba": tuple(case("Mamba-2.8B", batch, 5120, 4) for batch in (1, 16, 64, 256)),
 }
 

@@ -19,6 +19,7 @@ PRESETS = {
         case("odd sizes", 8, 192, 57, 53),
     ),
     "quick": (case("VMamba-T stage 2, one image", 1, 192, 28, 28),),
+    "gpu": (case("VMamba-T stage 1, ratio 2", 128, 192, 56, 56),),
     "vision": (
         case("VMamba-T stage 1", 16, 192, 56, 56),
         case("VMamba-T stage 2", 16, 384, 28, 28),

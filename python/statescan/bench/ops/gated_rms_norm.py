@@ -21,6 +21,7 @@ def case(name: str, B: int, L: int, D: int, S: int | None = None) -> Case:
 PRESETS = {
     "targets": (case("Mamba-2 130M layer", 1, 2048, 1536),),
     "quick": (case("small Mamba-2 layer", 1, 1024, 512),),
+    "gpu": (case("Mamba-2 1.3B", 4, 8192, 4096),),
     "mamba": (
         case("Mamba-2 2.7B", 8, 2048, 5120),
         case("Mamba-2 8B, 8 groups", 1, 4096, 8192, 1024),
@@ -99,7 +100,7 @@ def mamba_ssm(x: Inputs) -> Tensor:
     shape = x["x"].shape
     y = rmsnorm_fn(
         x["x"].flatten(2), x["weight"].flatten(), None, x["z"].flatten(2),
-        group_size=shape[-1], norm_before_gate=False,
+        eps=1e-5, group_size=shape[-1], norm_before_gate=False,
     )  # fmt: skip
     return y.view(shape)
 

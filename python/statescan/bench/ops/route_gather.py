@@ -29,6 +29,7 @@ PRESETS = {
         case("windows of 7", 8, 192, 56, 56, WINDOWS),
     ),
     "quick": (case("spirals, one image", 1, 96, 28, 28, SPIRALS),),
+    "gpu": (case("spirals", 128, 192, 56, 56, SPIRALS),),
     "vision": (
         case("MHS-VM, serpentines", 32, 96, 64, 64, SERPENTINES),
         case("MHS-VM, spirals", 32, 96, 64, 64, SPIRALS),

@@ -25,6 +25,11 @@ PRESETS = {
         case("VMamba-T stage 1", 8, 768, 3136, 1, 4),
     ),
     "quick": (case("small Mamba layer", 1, 256, 256, 16, gate=True),),
+    "gpu": (
+        case("Mamba-1.4B", 8, 4096, 4096, 16, gate=True),
+        case("Mamba-1.4B", 1, 4096, 4096, 16, gate=True),  # too few channels for one part
+        case("VMamba-T stage 1", 128, 768, 3136, 1, 4),
+    ),
     "sweep": tuple(case("long sequence", 1, 64, 10**n, 16) for n in (3, 4, 5, 6)),
     "mamba": (
         case("Mamba-130M", 8, 1536, 2048, 16, gate=True),

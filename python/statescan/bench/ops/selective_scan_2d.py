@@ -31,6 +31,7 @@ def case(name: str, B: int, D: int, H: int, W: int, N: int, R: int, F: int = CRO
 
 
 PRESETS = {
+    "gpu": (case("VMamba-T stage 1, ratio 2", 128, 192, 56, 56, 1, 6),),
     "targets": (
         case("VMamba-T stage 1, ratio 2", 8, 192, 56, 56, 1, 6),
         case("VMamba-T stage 1, ratio 2", 8, 192, 56, 56, 16, 6),

@@ -14,8 +14,9 @@ def mamba1(name: str, B: int, D: int, N: int) -> Case:
     return Case(name, {"B": B, "D": D, "N": N})
 
 
-def mamba2(name: str, B: int, H: int, P: int, N: int, G: int = 1) -> Case:
-    return Case(name, {"B": B, "H": H, "P": P, "N": N, "G": G})
+def mamba2(name: str, B: int, H: int, P: int, N: int, G: int = 1, **flags: int) -> Case:
+    """Flag `same`: a state in the dtype of the rest."""
+    return Case(name, {"B": B, "H": H, "P": P, "N": N, "G": G, **flags})
 
 
 PRESETS = {
@@ -24,6 +25,12 @@ PRESETS = {
         *(mamba2("Mamba-2 130M layer", batch, 24, 64, 128) for batch in (1, 8, 32)),
     ),
     "quick": (mamba1("Mamba-130M layer", 1, 1536, 16), mamba2("Mamba-2 130M", 1, 24, 64, 128)),
+    "gpu": (
+        mamba2("Mamba-2 8B, one group", 1, 128, 64, 128),
+        mamba2("Mamba-2 8B, one group", 128, 128, 64, 128),
+        mamba2("Mamba-2 8B, one group", 128, 128, 64, 128, same=1),
+        mamba1("Mamba-2.8B", 128, 5120, 16),
+    ),
     "mamba": (
         *(mamba1("Mamba-2.8B", batch, 5120, 16) for batch in (1, 16, 64, 256)),
         *(mamba2("Mamba-2 8B", batch, 128, 64, 128, 8) for batch in (1, 16, 64, 256)),
@@ -40,8 +47,13 @@ def state_shape(case: Case) -> tuple[int, ...]:
     return tuple(case[key] for key in ("BHPN" if is_mamba2(case) else "BDN"))
 
 
+def state_dtype(case: Case, dtype: torch.dtype) -> torch.dtype:
+    return dtype if "same" in case.sizes else torch.float32
+
+
 def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, layout: str) -> Inputs:
-    """The state stays in float32 whatever the dtype of the rest, as models keep it. Mamba-2 has one
+    """The state stays in float32 whatever the dtype of the rest, as models keep it, unless the case
+    wants it the `same`. Mamba-2 has one
     dt, A and D for a whole head, handed over expanded, as mamba_ssm's signature wants them."""
     random = torch.Generator(device).manual_seed(0)
 
@@ -49,7 +61,7 @@ def make_inputs(case: Case, dtype: torch.dtype, device: torch.device, layout: st
         return torch.randn(shape, generator=random, device=device)
 
     batch, state = case["B"], case["N"]
-    h = draw(*state_shape(case))
+    h = draw(*state_shape(case)).to(state_dtype(case, dtype))
     if not is_mamba2(case):
         dim = case["D"]
         A = -torch.arange(1.0, state + 1, device=device).expand(dim, state).contiguous()
@@ -82,7 +94,7 @@ def naive(x: Inputs) -> Tensor:
 def passes(case: Case, dtype: torch.dtype, direction: str) -> list[Cost]:
     shape = state_shape(case)
     states, rows = torch.Size(shape).numel(), torch.Size(shape[:-1]).numel()
-    moved = in_place = count_bytes(shape, shape, dtype=torch.float32)
+    moved = in_place = count_bytes(shape, shape, dtype=state_dtype(case, dtype))
     if is_mamba2(case):
         projection = (case["B"], case["G"], case["N"])
         moved += count_bytes(shape[:-1], shape[:-1], projection, projection, dtype=dtype)

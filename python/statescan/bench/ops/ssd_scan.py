@@ -1,6 +1,7 @@
 """ssd_scan: shapes, inputs, cost, and what else computes it."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ def case(name: str, B: int, L: int, H: int, P: int, N: int, G: int = 1, **flags:
 PRESETS = {
     "targets": (case("Mamba-2 130M layer", 1, 2048, 24, 64, 128),),
     "quick": (case("small Mamba-2 layer", 1, 256, 8, 32, 64),),
+    "gpu": (case("Mamba-2 2.7B", 8, 8192, 64, 64, 128),),
     "sweep": tuple(case("long sequence", 1, 10**n, 2, 64, 128) for n in (3, 4, 5, 6)),
     "mamba": (
         case("Mamba-2 2.7B", 1, 2048, 80, 64, 128),
@@ -234,10 +236,10 @@ def tied_selective_scan(x: Inputs) -> Tensor:
     return y.transpose(1, 2).unflatten(2, (heads, headdim))
 
 
-def mamba_ssm(x: Inputs) -> Tensor:
+def mamba_ssm(x: Inputs, chunk: int) -> Tensor:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    return mamba_chunk_scan_combined(**x, chunk_size=256, dt_softplus=True)
+    return mamba_chunk_scan_combined(**x, chunk_size=chunk, dt_softplus=True)
 
 
 def _plain(missing=None):
@@ -274,7 +276,8 @@ OP = Op(
              longest={"fwd": 1 << 14, "fwd+bwd": 1 << 12}, arrays=0),
         Peer("selective_scan, tied A", tied_selective_scan, "statescan's kernels of Mamba-1",
              missing=_plain(), arrays=0),
-        Peer("mamba-ssm", mamba_ssm, "mamba_chunk_scan_combined",
-             missing=_plain(peers.gpu_package("mamba_ssm"))),
+        *(Peer(f"mamba-ssm, chunk {chunk}", partial(mamba_ssm, chunk=chunk),
+               "mamba_chunk_scan_combined", missing=_plain(peers.gpu_package("mamba_ssm")))
+          for chunk in (64, 128, 256)),
     ),
 )  # fmt: skip
