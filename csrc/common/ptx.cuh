@@ -24,6 +24,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }
 
+// x itself, of which the compiler knows nothing: what follows from it is computed where it is
+// needed, and takes no registers before. For code that is seldom reached.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // 2^x to 2 units in the last place; subnormal results are 0.
 __device__ __forceinline__ float ex2(float x) {
   float y;

@@ -41,19 +41,22 @@ __device__ __forceinline__ float log1p_over(float s) {
   return std::fma(p, s, 1.0f);
 }
 
-// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|). Linear above 20, where the two agree in float.
-__device__ __forceinline__ float softplus(float x) {
-  const float e = exp_within(ptx::at_least(-std::fabs(x), -105.0f));
+// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), linear above 20, where the two agree in float; and
+// its derivative sigmoid(x), of the same power.
+__device__ __forceinline__ float softplus(float x, float& slope) {
+  const float e = exp_within(ptx::at_least(-std::fabs(x), -105.0f)), r = ptx::rcp(1.0f + e);
+  slope = x < 0 ? e * r : r;
   return std::fma(e, log1p_over(e), ptx::at_least(x, 0.0f));
 }
-__device__ __forceinline__ double softplus(double x) {
-  return x > 20 ? x : std::log1p(std::exp(x));
+__device__ __forceinline__ double softplus(double x, double& slope) {
+  const double e = std::exp(-std::fabs(x));
+  slope = (x < 0 ? e : 1) / (1 + e);
+  return (x < 0 ? 0 : x) + std::log1p(e);
 }
-
-// d softplus / dx from y = softplus(x): sigmoid(x) = 1 - e^-y.
 template <class R>
-__device__ __forceinline__ R softplus_slope(R y) {
-  return -std::expm1(-y);
+__device__ __forceinline__ R softplus(R x) {
+  R slope;
+  return softplus(x, slope);
 }
 
 // e^87 keeps the reciprocal normal; sigmoid(-87) is 2e-38 and x sigmoid(x) no better than 0.

@@ -17,11 +17,18 @@ inline constexpr int kSteps = 16;
 // Which tensor of (batch, dim, seqlen) is meant. z and dy may be absent.
 enum Over { kU, kDelta, kZ, kDy };
 
-// How the channels and states of a problem are dealt to the threads of a block.
+// How the channels and states of a problem are dealt to the threads of a block (tile.cuh).
 enum class Layout : int8_t {
-  kNarrow,  // float, one state: lanes are channels
-  kWide,    // float: two channels and four states to a lane, sixteen states at a time
-  kAny,     // float or double, with B or C constant, or with all states: one channel, four states
+  kNarrow,  // float, one state
+  kWide,    // float, sixteen states at a time
+  kAny,     // float or double, with B or C constant, or with all states
+};
+
+// How a tile of an operand is read or written.
+enum class Access : int32_t {
+  kSingle,     // element by element
+  kAlongTime,  // 16 bytes at a time: neighbours in time
+  kAlongRows,  // ... neighbouring channels or states
 };
 
 // The parameters of all kernels. Absent tensors have no data. What is "in the compute type" is
@@ -31,7 +38,10 @@ struct Inputs : Shape {
   View<2> A;        // (dim, state)
   View<4>
       projection[2];  // B, C: (batch, group, state, seqlen); constant: strides (0, dim, state, 0)
-  View<1> D, delta_bias;  // (dim), (dim / delta_repeat)
+  // Of these; the launchers find them.
+  Access access[4], projection_access[2];
+  int log2_operand_bytes;  // of an element of the widest of `over`
+  View<1> D, delta_bias;   // (dim), (dim / delta_repeat)
 
   Sequences sequences;    // with ends where there is seq_idx and no state for each id
   int64_t slots_per_row;  // states of a batch element with seq_idx; 0: one, for its two ends
@@ -50,6 +60,7 @@ struct Inputs : Shape {
 
 struct FwdParams : Inputs {
   View<3> y;           // (batch, dim, seqlen)
+  Access y_access;     // kAlongTime or kSingle
   void* last;          // (slot, dim, state) in the compute type
   void* states;        // (batch, seqlen, dim, state) in the compute type, or null
   void* chunk_states;  // (batch, chunks, state, dim) in the compute type, or null
@@ -57,9 +68,11 @@ struct FwdParams : Inputs {
 
 struct BwdParams : Inputs {
   const void* chunk_states;
+  Access chunk_access;
 
   View<3> gradient[3];  // ddelta (not yet summed over delta_repeat), du, dz: (batch, dim, seqlen)
-  void* dinitial;       // (slot, dim, state) in the compute type, or null
+  Access gradient_access[3];  // kAlongTime or kSingle
+  void* dinitial;             // (slot, dim, state) in the compute type, or null
   // Sums of a part of the work each, in the compute type, to be added up in order.
   void* sums[2];  // of B and C: (block of channels, batch, group, seqlen, state); constant: like dA
   void* dA;       // (part, batch, dim, state)
@@ -86,10 +99,15 @@ void find_marks(const Inputs& p, cudaStream_t stream);
 void add_up(const void* partial, DType compute, int64_t parts, const int64_t (&size)[4],
             const View<4>& out, cudaStream_t stream);
 
+// Fills Inputs::access and what follows it.
+void find_access(Inputs& p);
+// Of a view of (batch, dim, seqlen).
+Access access_of(const View<3>& x, const Shape& p, int64_t repeat);
+
 // Fills Inputs::carry with the state (backward: the gradient of it) that enters each part.
 void find_carries(const Inputs& p, Layout layout, bool backward, cudaStream_t stream);
 
-void fwd(const FwdParams& p, Layout layout, cudaStream_t stream);
-void bwd(const BwdParams& p, Layout layout, cudaStream_t stream);
+void fwd(FwdParams p, Layout layout, cudaStream_t stream);
+void bwd(BwdParams p, Layout layout, cudaStream_t stream);
 
 }  // namespace statescan::selective_scan::cuda

@@ -14,31 +14,51 @@
 namespace statescan::selective_scan::cuda {
 namespace {
 
-template <class C>
+enum { kDeltaTile, kInputTile, kPartTiles };  // kInputTile: delta u; backward: dy before the gate
+
+template <class C, bool kBackward>
 struct PartShared {
-  alignas(32) SharedArray<Tile<C>, 4> tile;  // by Over
-  alignas(32) StateTile<C> projection;       // B; backward: C
-  Marks marks;
+  using R = typename C::R;
+  alignas(32) SharedArray<Tile<C>, kPartTiles> tile;
+  alignas(32) SharedArray<StateTile<C>, 2> projection;  // B, or backward C
+  Fetched<C, kBackward> fetched;
+  SharedArray<TileInfo, 2> info;
 };
 
-// Step sizes in place; u, or the gradient of y before the gate.
+// What to fetch for a tile.
+template <bool kBackward>
+__device__ __forceinline__ unsigned fetch_bits(const Inputs& p) {
+  unsigned bits = 1u << kDelta | (projection_bits(p) & 1u << (kBackward ? kFetchC : kFetchB));
+  if (!kBackward) return bits | 1u << kU;
+  if (p.over[kDy]) bits |= 1u << kDy;
+  return p.over[kZ] ? bits | 1u << kZ : bits;
+}
+
 template <class C, bool kBackward>
-__device__ __forceinline__ void prepare(const Inputs& p, const Task& task, const Span& span,
-                                        const Column<C>& column, typename C::R bias,
-                                        PartShared<C>& shared) {
+__device__ __forceinline__ void prepare(const Inputs& p, const Task& task, const Column<C>& column,
+                                        const TileInfo& info, typename C::R bias,
+                                        PartShared<C, kBackward>& shared) {
   using R = typename C::R;
+  column.for_runs(task, info, [&](int t, unsigned inside) {
+    const Over over = kBackward ? kDy : kU;
+    R delta[C::kRun], x[C::kRun] = {};
+    read_run(p, kDelta, shared.fetched, column.c, t, delta);
+    if (p.over[over]) read_run(p, over, shared.fetched, column.c, t, x);
+    if (kBackward && p.over[kZ]) {
+      R z[C::kRun];
+      read_run(p, kZ, shared.fetched, column.c, t, z);
 #pragma unroll
-  for (int t = column.t0; t < kSteps; t += Column<C>::kStride) {
-    const int i = t * C::kPitch + column.c;
-    const bool inside =
-        t < span.steps && column.c < task.channels && !(shared.marks.mark[t] & kPadding);
-    R& delta = shared.tile[kDelta][i];
-    delta = inside ? step_size(delta, bias, p.delta_softplus) : R(0);
-    R& x = shared.tile[kBackward ? kDy : kU][i];
-    R x_t = inside && p.over[kBackward ? kDy : kU] ? x : R(0);
-    if (kBackward && p.over[kZ] && inside) x_t *= silu(shared.tile[kZ][i]);
-    x = x_t;
-  }
+      for (int j = 0; j < C::kRun; ++j) x[j] *= silu(z[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < C::kRun; ++j) {
+      const bool there = inside >> j & 1;
+      const int at = column.at(p, t + j);
+      const R step = step_size(delta[j], bias, p.delta_softplus), delta_t = there ? step : R(0);
+      shared.tile[kDeltaTile][at] = delta_t;
+      shared.tile[kInputTile][at] = !there ? R(0) : kBackward ? x[j] : delta_t * x[j];
+    }
+  });
 }
 
 // One block: one block of channels and of states of a part.
@@ -47,67 +67,65 @@ __global__ __launch_bounds__(C::kThreads, C::kPartBlocks) void part_kernel(const
                                                                            int state_blocks,
                                                                            int64_t tasks) {
   using R = typename C::R;
-  PartShared<C>& shared = *dynamic_shared<PartShared<C>>();
+  PartShared<C, kBackward>& shared = *dynamic_shared<PartShared<C, kBackward>>();
   const Lane<C> lane;
   const Column<C> column;
-  const int first_over = kBackward ? 1 : 0;
-  const bool is_fixed = C::kAny && (kBackward ? p.constant_C : p.constant_B);
+  const bool is_fixed = C::kAny && is_constant(p, kBackward);
+  const unsigned bits = fetch_bits<kBackward>(p);
   const int64_t parts_tasks = tasks / state_blocks;
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
     // Nobody asks what leaves the last part (backward: the first).
     const Task task = task_at<C>(p, i % parts_tasks, kBackward ? 1 : 0);
     const int first = int(i / parts_tasks) * C::kStates;
+    find_sources(p, task, shared.fetched.source);
+    __syncthreads();  // sources are known
     const R bias = column.template parameter<R>(p.delta_bias, task, p.delta_repeat);
     Parameters<C> k;
     k.load(p, task, first);
     Kept<C> h{};
     R sum[C::kC] = {};
     bool reset = false;
+    auto tile_at = [&](int64_t j) { return kBackward ? task.first + task.end - 1 - j : j; };
+    auto fetch_tile = [&](int64_t j) {
+      fetch(p, task, span_at(p, p.tiles(), tile_at(j)), first, bits, shared.fetched);
+      ptx::cp_async_commit();
+    };
+    fetch_tile(task.first);
 #pragma unroll 1
     for (int64_t j = task.first; j < task.end; ++j) {
-      const Span span = span_at(p, p.tiles(), kBackward ? task.first + task.end - 1 - j : j);
-      __syncthreads();  // the tile before has been walked
-#pragma unroll 1
-      for (int x = first_over; x < 4; ++x) {
-        const bool wanted = x == kDelta || (kBackward ? x != kU : x == kU);
-        if (!wanted || !p.over[x]) continue;
-        load_tile<C>(p.over[x], x == kDelta ? p.delta_repeat : 1, task, span, shared.tile[x]);
-      }
-      if (!is_fixed) {
-        load_states_tile<C>(p, p.projection[kBackward], task, span, first, shared.projection);
-      }
-      const bool marked = sync_with_marks(p, task, span, shared.marks);
-      prepare<C, kBackward>(p, task, span, column, bias, shared);
-      __syncthreads();  // step sizes are in place
+      TileInfo& info = shared.info[int(j & 1)];
+      const bool marked = begin_tile(p, task, tile_at(j), info);
+      prepare<C, kBackward>(p, task, column, info, bias, shared);
+      stage_projections(p, bits, info.inside, shared.fetched, shared.projection);
+      __syncthreads();  // the tile is in place, what was fetched has been read
+      if (j + 1 < task.end) fetch_tile(j + 1);
 #pragma unroll 4
       for (int step = 0; step < kSteps; ++step) {
-        const int row = p.reverse != kBackward ? kSteps - 1 - step : step;
-        const int mark = marked ? int(shared.marks.mark[row]) : 0;
+        const int row = kBackward ? kSteps - 1 - step : step;
+        const int mark = marked ? int(info.mark[row]) : 0;
         if (!kBackward && mark & kStart) {
-          load_start<C>(p, task, shared.marks, row, first, h);
+          load_start<C>(p, task, info, row, first, h);
           reset = true;
           for (int c = 0; c < C::kC; ++c) sum[c] = 0;
         }
         if (kBackward) {
-          if (marked || C::kAny) add_state_gradients<C>(p, task, span, row, shared.marks, first, h);
+          if (marked || C::kAny) add_state_gradients<C>(p, task, info, row, first, h);
         }
-        const auto delta = several<C::kC>(shared.tile[kDelta][row * C::kPitch + lane.channel]);
-        const auto x =
-            several<C::kC>(shared.tile[kBackward ? kDy : kU][row * C::kPitch + lane.channel]);
+        const auto delta = several<C::kC>(shared.tile[kDeltaTile][row * C::kPitch + lane.channel]);
+        const auto x = several<C::kC>(shared.tile[kInputTile][row * C::kPitch + lane.channel]);
         Several<R, C::kS> B{};
         if (!is_fixed) {
-          B = several<C::kS>(shared.projection[row * C::kStatePitch + lane.q * C::kS]);
+          B = several<C::kS>(shared.projection[kBackward][row * C::kStatePitch + lane.q * C::kS]);
         }
 #pragma unroll
         for (int c = 0; c < C::kC; ++c) {
-          const R delta_u = delta.x[c] * x.x[c];
           sum[c] += delta.x[c];
 #pragma unroll
           for (int s = 0; s < C::kS; ++s) {
             const R a = decay(delta.x[c], k.A[c][s]);
             const R B_t = k.projection(kBackward, B, c, s);
             h[c][s] =
-                kBackward ? a * (h[c][s] + x.x[c] * B_t) : next_state(a, h[c][s], delta_u, B_t);
+                kBackward ? a * (h[c][s] + x.x[c] * B_t) : next_state(a, h[c][s], x.x[c], B_t);
           }
         }
         if (kBackward && mark & kStart) {
@@ -118,6 +136,7 @@ __global__ __launch_bounds__(C::kThreads, C::kPartBlocks) void part_kernel(const
         }
       }
     }
+    __syncthreads();  // the last tile has been walked
     const int64_t at = task.part * p.batch + task.b;
     store_states<C>(state_row<C>(p.carry, p, at), true, p, task, first, h);
     Kept<C> factor;
@@ -156,13 +175,13 @@ __global__ __launch_bounds__(128) void carry_kernel(const Inputs p, Divisor dim,
 
 template <bool kBackward>
 void launch_parts(const Inputs& p, Layout layout, cudaStream_t stream) {
-  with_layout(layout, p.compute, [&](auto config) {
+  with_layout<Wide>(layout, p.compute, [&](auto config) {
     using C = decltype(config);
     const int64_t blocks = (p.group_dim() + C::kChannels - 1) / C::kChannels;
     const int state_blocks = int((p.state + C::kStates - 1) / C::kStates);
     const int64_t tasks = (p.parts - 1) * p.batch * p.groups * blocks * state_blocks;
     launch("selective_scan parts", part_kernel<C, kBackward>, blocks_for(tasks, 1), C::kThreads,
-           sizeof(PartShared<C>), stream, p, state_blocks, tasks);
+           sizeof(PartShared<C, kBackward>), stream, p, state_blocks, tasks);
   });
 }
 

@@ -25,35 +25,43 @@ enum Mark : int {
   kToSlot = 8,    // the state after it is a last state
 };
 
-template <class R_, int kChannelsOfLane, int kStatesOfLane, int kLanes, bool kAny_>
+template <class R_, int kChannelsOfLane, int kStatesOfLane, int kLanes, int kWarpsOfBlock,
+          bool kAny_>
 struct Config {
   using R = R_;
   static constexpr int kC = kChannelsOfLane, kS = kStatesOfLane, kL = kLanes;
+  static constexpr int kWarps = kWarpsOfBlock, kThreads = 32 * kWarps;
   static constexpr bool kAny = kAny_;  // constant B or C, all states
-  // On an SM, for launch bounds: as many as do without spilling.
-  static constexpr int kBlocks = kS == 1 ? 5 : sizeof(R) == 8 ? 2 : 4;
-  static constexpr int kPartBlocks = kS == 1 ? 5 : sizeof(R) == 8 ? 3 : 4;
-  static constexpr int kBwdBlocks = sizeof(R) == 8 ? 2 : 3;
-  static constexpr int kRow = 32 / kL, kWarps = 4, kThreads = 32 * kWarps;
-  static constexpr int kWarpChannels = kRow * kC, kChannels = kWarps * kWarpChannels;
+  static constexpr int kRow = 32 / kL, kWarpChannels = kRow * kC,
+                       kChannels = kWarps * kWarpChannels;
   static constexpr int kStates = kS * kL;  // walked at a time
   static constexpr int kKept = kC * kS;    // of a lane
-  // Two more than the channels: 8 lanes that store 8 steps each along time meet in pairs only. Not for
-  // double, whose backward just fits the 99 KiB of the smaller GPUs.
+  // Steps of one channel that a thread takes care of outside of the walk, in all and at a time. The
+  // mathematics of doubles is long: once is enough of it.
+  static constexpr int kOwn = kSteps * kChannels / kThreads;
+  static constexpr int kRun = sizeof(R) == 8 ? 1 : kOwn < 8 ? kOwn : 8;
+  // Two more than the channels: lanes that write steps of 16, 8 or 4 channels meet in no bank.
   static constexpr int kPitch = kChannels + (sizeof(R) == 4 ? 2 : 0);
-  // Steps along time are read as rows of 4 states, without conflicts.
-  static constexpr int kStatePitch = kS == 1 ? 1 : kStates + 4;
-  static_assert(kSteps % kL == 0 && kThreads % kChannels == 0);
+  // Steps are read as rows of 4 states; where those of several lanes differ, without conflicts.
+  static constexpr int kStatePitch = kStates + (kL == 1 ? 0 : 4);
+  // Steps whose h and a the backward holds in registers, and those of them that it sums up
+  // together.
+  static constexpr int kSummed = 16 / kL, kHeld = kKept == 8 ? 8 : kSummed;
+  // Blocks on an SM, for launch bounds: as many as do without spilling.
+  static constexpr int kBlocks = kL == 1 ? 8 : 4, kPartBlocks = kL == 1 ? 6 : kWarps == 4 ? 3 : 4;
+  static constexpr int kBwdBlocks = kWarps == 2 ? 4 : kKept == 8 ? 2 : 3;
 };
-using Narrow = Config<float, 1, 1, 1, false>;
-using Wide = Config<float, 2, 4, 4, false>;
-using AnyFloat = Config<float, 1, 4, 4, true>;
-using AnyDouble = Config<double, 1, 4, 4, true>;
+using Narrow = Config<float, 1, 1, 1, 2, false>;
+using Wide = Config<float, 1, 16, 1, 2, false>;
+using WideBack = Config<float, 2, 4, 4, 4, false>;
+using AnyFloat = Config<float, 1, 4, 4, 4, true>;
+using AnyDouble = Config<double, 1, 4, 4, 2, true>;
 
-template <class F>
+// Calls f(the Config of a layout). WideLayout: Wide, or WideBack for the backward.
+template <class WideLayout, class F>
 inline void with_layout(Layout layout, DType compute, F&& f) {
   if (layout == Layout::kNarrow) return f(Narrow{});
-  if (layout == Layout::kWide) return f(Wide{});
+  if (layout == Layout::kWide) return f(WideLayout{});
   if (compute == DType::kFloat32) return f(AnyFloat{});
   f(AnyDouble{});
 }
@@ -63,9 +71,9 @@ using Tile = SharedArray<typename C::R, kSteps * C::kPitch>;
 template <class C>
 using StateTile = SharedArray<typename C::R, kSteps * C::kStatePitch>;
 
-// kCount neighbours in shared memory, moved at once.
+// kCount neighbours in shared memory, moved 16 bytes or more at once.
 template <class R, int kCount>
-struct alignas(sizeof(R) * kCount) Several {
+struct alignas(sizeof(R) * (kCount < 4 ? kCount : 4)) Several {
   R x[kCount];
 };
 template <int kCount, class R>
@@ -109,11 +117,20 @@ __device__ __forceinline__ Span span_at(const Shape& p, int64_t tiles, int64_t i
   return {tile, begin, left < kSteps ? int(left) : kSteps};
 }
 
+// The place of step t of a tile, counted in time, in the order of the scan; and the other way
+// round. In shared memory steps lie in the order of the scan.
+__device__ __forceinline__ int in_scan(const Shape& p, int t) {
+  return p.reverse ? kSteps - 1 - t : t;
+}
+
 template <class C>
 struct Lane {
-  int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  int warp, lane;
   int q = lane / C::kRow;                                          // which states
   int channel = warp * C::kWarpChannels + lane % C::kRow * C::kC;  // the first, in the block
+
+  __device__ __forceinline__ explicit Lane(int thread = int(threadIdx.x))
+      : warp(thread / 32), lane(thread % 32) {}
 };
 
 // What a lane keeps of a table (dim, state), or (channel, state) of B and C that are constant.
@@ -145,7 +162,7 @@ __device__ __forceinline__ void load_table(const View<2>& x, const Shape& p, con
 template <class C, class T, class F>
 __device__ __forceinline__ void for_states(T* row, bool by_state, const Shape& p, const Task& task,
                                            int first, F&& f) {
-  const Lane<C> lane;
+  const Lane<C> lane(ptx::opaque(int(threadIdx.x)));
 #pragma unroll
   for (int c = 0; c < C::kC; ++c) {
     const int64_t d = task.channel + lane.channel + c;
@@ -187,19 +204,22 @@ __device__ __forceinline__ int64_t slot_of(const Inputs& p, int64_t b, int64_t t
   return p.slots_per_row > 0 ? b * p.slots_per_row + p.sequences.ids.at(b, t) : b;
 }
 
-// Of a tile, for all threads.
-struct Marks {
-  SharedArray<int, kSteps> mark;
+// Of a tile, for all threads. Two of them take turns, so that no thread has to wait before it
+// begins the next.
+struct TileInfo {
+  Span span;
+  unsigned inside;                    // bit t: step t, counted in time, is there and is no padding
+  SharedArray<int, kSteps> mark;      // of steps in the order of the scan
   SharedArray<int64_t, kSteps> slot;  // where a mark says that there is one
 };
 
 // The state that a start starts from.
 template <class C>
-__device__ __forceinline__ void load_start(const Inputs& p, const Task& task, Marks& marks, int row,
-                                           int first, typename C::R (&h)[C::kC][C::kS]) {
-  const bool from_slot = p.initial != nullptr && marks.mark[row] & kFromSlot;
+__device__ __forceinline__ void load_start(const Inputs& p, const Task& task, TileInfo& info,
+                                           int step, int first, typename C::R (&h)[C::kC][C::kS]) {
+  const bool from_slot = p.initial != nullptr && info.mark[step] & kFromSlot;
   load_states<C>(
-      from_slot ? static_cast<const typename C::R*>(p.initial) + marks.slot[row] * p.dim * p.state
+      from_slot ? static_cast<const typename C::R*>(p.initial) + info.slot[step] * p.dim * p.state
                 : nullptr,
       false, p, task, first, h);
 }
@@ -220,11 +240,17 @@ __device__ __forceinline__ void sum_over_states(typename C::R (&v)[kCount], int 
   }
 }
 
-// A thread's share of the work on single elements of a tile: one channel, every kStride-th step.
+// Bits of kCount steps.
+template <int kCount>
+__device__ __forceinline__ unsigned all_of() {
+  return (1u << kCount) - 1;
+}
+
+// A thread's share of the work on single elements of a tile: kOwn steps of one channel.
 template <class C>
 struct Column {
-  static constexpr int kStride = C::kThreads / C::kChannels;
-  int c = int(threadIdx.x) % C::kChannels, t0 = int(threadIdx.x) / C::kChannels;
+  static constexpr int kShares = kSteps / C::kOwn;  // of a channel
+  int c = int(threadIdx.x) / kShares, t0 = int(threadIdx.x) % kShares * C::kOwn;
 
   template <class R>
   __device__ __forceinline__ R parameter(const View<1>& x, const Task& task,
@@ -232,24 +258,49 @@ struct Column {
     if (!x || c >= task.channels) return R(0);
     return load_element<R>(x.data, x.dtype, (task.channel + c) / repeat * x.stride[0]);
   }
+
+  // Calls f(first step in time, bits of the steps that are inside) for kRun steps at a time.
+  template <class F>
+  __device__ __forceinline__ void for_runs(const Task& task, const TileInfo& info, F&& f) const {
+    const unsigned inside = c < task.channels ? info.inside : 0;
+#pragma unroll 1
+    for (int t = t0; t < t0 + C::kOwn; t += C::kRun) f(t, inside >> t & all_of<C::kRun>());
+  }
+  // Where a channel's step t, counted in time, is in a tile.
+  __device__ __forceinline__ int at(const Shape& p, int t) const {
+    return in_scan(p, t) * C::kPitch + c;
+  }
 };
 
+// The step size, and its derivative with respect to delta.
+template <class R>
+__device__ __forceinline__ R step_size(R delta, R bias, bool apply_softplus, R& slope) {
+  slope = 1;
+  return apply_softplus ? softplus(delta + bias, slope) : delta + bias;
+}
 template <class R>
 __device__ __forceinline__ R step_size(R delta, R bias, bool apply_softplus) {
-  return apply_softplus ? softplus(delta + bias) : delta + bias;
+  R slope;
+  return step_size(delta, bias, apply_softplus, slope);
 }
 
-// Finds the marks of a tile; afterwards everything staged before is in place. True if a sequence
-// starts or ends in it.
-__device__ __forceinline__ bool sync_with_marks(const Inputs& p, const Task& task, const Span& span,
-                                                Marks& marks) {
+// Waits until what has been fetched for a tile is in place, and says what the tile is. True if a
+// sequence starts or ends in it.
+__device__ __forceinline__ bool begin_tile(const Inputs& p, const Task& task, int64_t tile,
+                                           TileInfo& info) {
+  ptx::cp_async_wait<0>();
   int mark = 0;
-  if (threadIdx.x < kSteps) {
-    const int row = int(threadIdx.x);
-    const int64_t t = span.begin + row;
-    if (p.marks != nullptr && row < span.steps) mark = p.marks[task.b * p.seqlen + t];
-    marks.mark[row] = mark;
-    marks.slot[row] = mark & (kFromSlot | kToSlot) ? slot_of(p, task.b, t) : 0;
+  if (threadIdx.x < 32) {
+    const Span span = span_at(p, p.tiles(), tile);
+    const int t = int(threadIdx.x);
+    if (t < span.steps && p.marks != nullptr) mark = p.marks[task.b * p.seqlen + span.begin + t];
+    const unsigned inside = __ballot_sync(kAllLanes, t < span.steps && !(mark & kPadding));
+    if (t == 0) info.span = span, info.inside = inside;
+    if (t < kSteps) {
+      const int step = in_scan(p, t);
+      info.mark[step] = mark;
+      info.slot[step] = mark & (kFromSlot | kToSlot) ? slot_of(p, task.b, span.begin + t) : 0;
+    }
   }
   return __syncthreads_or(mark & (kStart | kToSlot)) != 0;  // operands and marks are in place
 }

@@ -46,30 +46,44 @@ struct Parameters {
   }
 };
 
-// A tile as a walk sees it. Steps are counted in the order of the scan. kMarked: sequences may start or
-// end in it, and each step has to look; a walk that need not is scheduled much better.
+// A tile as a walk sees it. kMarked: sequences may start or end in it, and each step has to look; a
+// walk that need not is scheduled much better.
 template <class C, bool kMarked>
 struct Steps {
   const Inputs& p;
   const Task& task;
-  const Span& span;
   int first_state;  // of the block of states
-  Marks& marks;
-  Tile<C>&u, &delta;
+  TileInfo& info;
+  Tile<C>&delta, &delta_u;
   SharedArray<StateTile<C>, 2>& projection;  // B, C
 
-  __device__ __forceinline__ int row(int i) const { return p.reverse ? kSteps - 1 - i : i; }
-  __device__ __forceinline__ Several<typename C::R, C::kC> channels(Tile<C>& tile, int row,
+  __device__ __forceinline__ Several<typename C::R, C::kC> channels(Tile<C>& tile, int step,
                                                                     const Lane<C>& lane) const {
-    return several<C::kC>(tile[row * C::kPitch + lane.channel]);
+    return several<C::kC>(tile[step * C::kPitch + lane.channel]);
   }
   __device__ __forceinline__ Several<typename C::R, C::kS> states(const Parameters<C>& k, int i,
-                                                                  int row,
+                                                                  int step,
                                                                   const Lane<C>& lane) const {
     if (C::kAny && k.is_fixed[i]) return {};  // there is none in shared memory
-    return several<C::kS>(projection[i][row * C::kStatePitch + lane.q * C::kS]);
+    return several<C::kS>(projection[i][step * C::kStatePitch + lane.q * C::kS]);
   }
 };
+
+// Adds what kBatch steps from `first` on have as sums over a lane's states: [step][channel].
+template <class C>
+__device__ __forceinline__ void add_outputs(typename C::R (&sums)[kBatch * C::kC],
+                                            const Lane<C>& lane, int first, Tile<C>& y) {
+  sum_over_states<C>(sums, lane.q);
+#pragma unroll
+  for (int j = 0; j < kBatch / C::kL; ++j) {
+    const int i = first + lane.q * (kBatch / C::kL) + j;
+    auto& out = several<C::kC>(y[i * C::kPitch + lane.channel]);
+    auto v = out;
+#pragma unroll
+    for (int c = 0; c < C::kC; ++c) v.x[c] += sums[j * C::kC + c];
+    out = v;
+  }
+}
 
 // Calls f(tag: are there marks to look for). kAny is for what is rare: it always looks.
 template <class C, class F>
@@ -79,7 +93,7 @@ __device__ __forceinline__ void with_marked(bool marked, F&& f) {
 }
 
 // Walks h over steps [begin, end), a multiple of kBatch. With kOutputs, adds sum_n C h to y.
-// after(row, h): after every step.
+// after(step, h): after every step.
 template <class C, bool kOutputs, bool kMarked, class After>
 __device__ __forceinline__ void walk(const Steps<C, kMarked>& x, const Parameters<C>& k, Kept<C>& h,
                                      Tile<C>& y, int begin, int end, After&& after) {
@@ -90,40 +104,28 @@ __device__ __forceinline__ void walk(const Steps<C, kMarked>& x, const Parameter
     R sums[kBatch * C::kC];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      const int row = x.row(i0 + j);
-      if (kMarked && x.marks.mark[row] & kStart) {
-        load_start<C>(x.p, x.task, x.marks, row, x.first_state, h);
+      const int i = i0 + j;
+      if (kMarked && x.info.mark[i] & kStart) {
+        load_start<C>(x.p, x.task, x.info, i, x.first_state, h);
       }
-      const auto delta = x.channels(x.delta, row, lane), u = x.channels(x.u, row, lane);
-      const auto B = x.states(k, 0, row, lane);
+      const auto delta = x.channels(x.delta, i, lane), delta_u = x.channels(x.delta_u, i, lane);
+      const auto B = x.states(k, 0, i, lane);
       Several<R, C::kS> C_t{};
-      if constexpr (kOutputs) C_t = x.states(k, 1, row, lane);
+      if constexpr (kOutputs) C_t = x.states(k, 1, i, lane);
 #pragma unroll
       for (int c = 0; c < C::kC; ++c) {
-        const R delta_u = delta.x[c] * u.x[c];
         R sum = 0;
 #pragma unroll
         for (int s = 0; s < C::kS; ++s) {
-          h[c][s] =
-              next_state(decay(delta.x[c], k.A[c][s]), h[c][s], delta_u, k.projection(0, B, c, s));
+          h[c][s] = next_state(decay(delta.x[c], k.A[c][s]), h[c][s], delta_u.x[c],
+                               k.projection(0, B, c, s));
           if constexpr (kOutputs) sum += k.projection(1, C_t, c, s) * h[c][s];
         }
         sums[j * C::kC + c] = sum;
       }
-      after(row, h);
+      after(i, h);
     }
-    if constexpr (kOutputs) {
-      sum_over_states<C>(sums, lane.q);
-#pragma unroll
-      for (int j = 0; j < kBatch / C::kL; ++j) {
-        auto& out =
-            several<C::kC>(y[x.row(i0 + lane.q * (kBatch / C::kL) + j) * C::kPitch + lane.channel]);
-        auto v = out;
-#pragma unroll
-        for (int c = 0; c < C::kC; ++c) v.x[c] += sums[j * C::kC + c];
-        out = v;
-      }
-    }
+    if constexpr (kOutputs) add_outputs<C>(sums, lane, i0, y);
   }
 }
 
@@ -131,17 +133,18 @@ __device__ __forceinline__ void walk(const Steps<C, kMarked>& x, const Parameter
 // or of all states.
 template <class C>
 __device__ __forceinline__ void add_state_gradients(const Inputs& p, const Task& task,
-                                                    const Span& span, int row, Marks& marks,
-                                                    int first, Kept<C>& dh) {
+                                                    TileInfo& info, int step, int first,
+                                                    Kept<C>& dh) {
   using R = typename C::R;
-  if (p.dlast != nullptr && marks.mark[row] & kToSlot) {
-    for_states<C>(static_cast<const R*>(p.dlast) + marks.slot[row] * p.dim * p.state, false, p,
+  if (p.dlast != nullptr && info.mark[step] & kToSlot) {
+    for_states<C>(static_cast<const R*>(p.dlast) + info.slot[step] * p.dim * p.state, false, p,
                   task, first, [&](const R* from, int c, int s) { dh[c][s] += *from; });
   }
   if constexpr (C::kAny) {
     const View<4>& x = p.dstates;
-    if (!x || row >= span.steps || marks.mark[row] & kPadding) return;
-    const int64_t t = span.begin + row;
+    const int row = in_scan(p, step);
+    if (!x || !(info.inside >> row & 1)) return;
+    const int64_t t = info.span.begin + row;
     const Lane<C> lane;
 #pragma unroll
     for (int s = 0; s < C::kS; ++s) {

@@ -7,8 +7,8 @@
 
 namespace statescan::selective_scan::cuda {
 
-// Tiles besides those of Over (z becomes dz / y).
-enum { kDDelta = 4, kDDeltaU, kY, kBwdTiles };
+// kUTile and kSlopeTile (of softplus) are of nobody but the thread that writes them.
+enum { kDeltaTile, kDeltaUTile, kDyTile, kDDeltaTile, kDDeltaUTile, kUTile, kSlopeTile, kBwdTiles };
 
 // What a thread sums over time for its channel.
 template <class C>
@@ -18,28 +18,36 @@ struct ColumnSums {
 
 template <class C>
 struct BwdShared {
-  // As many steps as make one number of dB or dC for each lane and state of it to sum up.
-  static constexpr int kHeld = 16 / C::kL, kPieces = kSteps / kHeld;
+  using R = typename C::R;
+  // Steps are summed over the lanes so many at a time that there is one number of dB or dC for each
+  // lane and state of it to sum up.
+  static constexpr int kSummed = C::kSummed, kHeld = C::kHeld, kPieces = kSteps / kHeld;
   static constexpr int kCheckpoint = C::kKept * 32;  // of a warp and piece
   // dB and dC of a step before they are summed over the lanes of a warp: [lane's row][state], such
   // that both writing rows and summing over them meets no bank twice.
   static constexpr int kShareRow = C::kS == 1 ? 1 : C::kStates + 4;
   static constexpr int kShare = C::kRow * kShareRow + (C::kS == 1 ? 1 : 16);
-  static_assert(kHeld * 2 * C::kL == 32 && kCheckpoint >= kHeld * 2 * C::kStates);
+  static constexpr int kResult = kSummed * 2 * C::kStates;
+  static_assert(kSummed * 2 * C::kL == 32 && kCheckpoint == kHeld * 2 * C::kStates);
 
   alignas(32) SharedArray<Tile<C>, kBwdTiles> tile;
   alignas(32) SharedArray<StateTile<C>, 2> projection;
-  Marks marks;
-  // h before each piece. Once it has been walked back, its dB and dC: [step][which][state].
-  alignas(32) SharedArray<typename C::R, C::kWarps * kPieces * kCheckpoint> checkpoint;
-  alignas(32) SharedArray<typename C::R, C::kWarps * kHeld * 2 * kShare> share;
+  // h before each piece; and dB and dC, [step][which][state], which begin one sum further on, so
+  // that they overwrite what has been read already.
+  alignas(32) SharedArray<R, C::kWarps*(kPieces* kCheckpoint + kResult)> checkpoint;
+  alignas(32) SharedArray<R, C::kWarps * kSummed * 2 * kShare> share;
   // Here rather than in registers, which h and a need.
   SharedArray<ColumnSums<C>, C::kThreads> sums;
+  SharedArray<TileInfo, 2> info;
   Task task;
-  Span span;
+  Fetched<C, true> fetched;
+  Tile<C> y, gate;  // gate: dz / y
 
   __device__ __forceinline__ int checkpoint_at(int warp, int piece) const {
-    return (warp * kPieces + piece) * kCheckpoint;
+    return warp * (kPieces * kCheckpoint + kResult) + piece * kCheckpoint;
+  }
+  __device__ __forceinline__ int result_at(int warp) const {
+    return checkpoint_at(warp, 0) + kResult;
   }
 };
 
@@ -49,141 +57,190 @@ struct Gradients {
   Kept<C> dh, dA, dfixed[2];  // dB and dC where they are constant
 };
 
-// What one piece's steps add to the gradients of B and C lies in `share`; sums it over the lanes.
+// What kSummed steps from `first` on add to the gradients of B and C lies in `share`; sums it over
+// the lanes.
 template <class C>
-__device__ __forceinline__ void sum_shares(BwdShared<C>& shared, const Lane<C>& lane, int piece) {
+__device__ __forceinline__ void sum_shares(BwdShared<C>& shared, const Lane<C>& lane, int first) {
   using S = BwdShared<C>;
+  __syncwarp();  // the shares are in place, and the checkpoint has been read
   const int q = lane.lane % C::kL, row = lane.lane / C::kL;  // row: (step, which)
-  auto* first = &shared.share[(lane.warp * S::kHeld * 2 + row) * S::kShare + q * C::kS];
+  auto* from = &shared.share[(lane.warp * S::kSummed * 2 + row) * S::kShare + q * C::kS];
   Several<typename C::R, C::kS> sum{};
 #pragma unroll
   for (int r = 0; r < C::kRow; ++r) {
-    const auto v = several<C::kS>(first[r * S::kShareRow]);
+    const auto v = several<C::kS>(from[r * S::kShareRow]);
 #pragma unroll
     for (int s = 0; s < C::kS; ++s) sum.x[s] += v.x[s];
   }
-  const int at = shared.checkpoint_at(lane.warp, piece) + row * C::kStates + q * C::kS;
+  const int at = shared.result_at(lane.warp) + (first * 2 + row) * C::kStates + q * C::kS;
   several<C::kS>(shared.checkpoint[at]) = sum;
-}
-
-template <class C, bool kMarked>
-__device__ __forceinline__ void walk_piece_back(const Steps<C, kMarked>& x, const Parameters<C>& k,
-                                                void* dinitial, BwdShared<C>& shared, int piece,
-                                                Gradients<C>& g) {
-  using R = typename C::R;
-  using S = BwdShared<C>;
-  constexpr int kHeld = S::kHeld;
-  const Lane<C> lane;
-  Kept<C> h[kHeld], a[kHeld];
-  const int checkpoint = shared.checkpoint_at(lane.warp, piece) + lane.lane;
-  // The state before step i of the piece.
-  auto find_before = [&](int i, int row, Kept<C>& h_prev) {
-#pragma unroll
-    for (int j = 0; j < C::kKept; ++j) {
-      h_prev[j / C::kS][j % C::kS] = i == 0 ? shared.checkpoint[checkpoint + j * 32]
-                                            : h[i == 0 ? 0 : i - 1][j / C::kS][j % C::kS];
-    }
-    if (kMarked && x.marks.mark[row] & kStart) {
-      load_start<C>(x.p, x.task, x.marks, row, x.first_state, h_prev);
-    }
-  };
-  // Adds to what the tiles hold of d delta (to be scaled by ln 2) and d (delta u).
-  auto add_to_tiles = [&](int row, const R* sums) {
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      auto& out = several<C::kC>(shared.tile[kDDelta + which][row * C::kPitch + lane.channel]);
-      auto v = out;
-#pragma unroll
-      for (int c = 0; c < C::kC; ++c) v.x[c] += sums[which * C::kC + c];
-      out = v;
-    }
-  };
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int row = x.row(piece * kHeld + i);
-    Kept<C> h_prev;
-    find_before(i, row, h_prev);
-    const auto delta = x.channels(x.delta, row, lane), u = x.channels(x.u, row, lane);
-    const auto B = x.states(k, 0, row, lane);
-#pragma unroll
-    for (int c = 0; c < C::kC; ++c) {
-      const R delta_u = delta.x[c] * u.x[c];
-#pragma unroll
-      for (int s = 0; s < C::kS; ++s) {
-        a[i][c][s] = decay(delta.x[c], k.A[c][s]);
-        h[i][c][s] = next_state(a[i][c][s], h_prev[c][s], delta_u, k.projection(0, B, c, s));
-      }
-    }
-  }
-  R sums[kHeld * 2 * C::kC];  // of each step: over this lane's states
-#pragma unroll
-  for (int i = kHeld - 1; i >= 0; --i) {
-    const int row = x.row(piece * kHeld + i);
-    if constexpr (kMarked) {
-      add_state_gradients<C>(x.p, x.task, x.span, row, x.marks, x.first_state, g.dh);
-    }
-    Kept<C> h_prev;
-    find_before(i, row, h_prev);
-    const auto delta = x.channels(x.delta, row, lane), u = x.channels(x.u, row, lane);
-    const auto dy = x.channels(shared.tile[kDy], row, lane);
-    const auto B = x.states(k, 0, row, lane), C_t = x.states(k, 1, row, lane);
-    Several<R, C::kS> dB{}, dC{};
-#pragma unroll
-    for (int c = 0; c < C::kC; ++c) {
-      const R delta_u = delta.x[c] * u.x[c];
-      R d_delta = 0, d_delta_u = 0;
-#pragma unroll
-      for (int s = 0; s < C::kS; ++s) {
-        R dB_s, dC_s;
-        step_vjp(a[i][c][s], h_prev[c][s], h[i][c][s], delta.x[c], delta_u, k.A[c][s],
-                 k.projection(0, B, c, s), k.projection(1, C_t, c, s), dy.x[c], g.dh[c][s],
-                 g.dA[c][s], dB_s, dC_s, d_delta, d_delta_u);
-        dB.x[s] += dB_s;
-        dC.x[s] += dC_s;
-        if constexpr (C::kAny) {
-          g.dfixed[0][c][s] += dB_s;
-          g.dfixed[1][c][s] += dC_s;
-        }
-      }
-      sums[i * 2 * C::kC + c] = d_delta;
-      sums[(i * 2 + 1) * C::kC + c] = d_delta_u;
-    }
-    if constexpr (C::kL == 1) add_to_tiles(row, sums + i * 2 * C::kC);
-    const int at = (lane.warp * kHeld + i) * 2 * S::kShare + lane.lane % C::kRow * S::kShareRow +
-                   lane.q * C::kS;
-    several<C::kS>(shared.share[at]) = dB;
-    several<C::kS>(shared.share[at + S::kShare]) = dC;
-    if (kMarked && x.marks.mark[row] & kStart) {
-      if (dinitial != nullptr && x.marks.mark[row] & kFromSlot) {
-        store_states<C>(static_cast<R*>(dinitial) + x.marks.slot[row] * x.p.dim * x.p.state, false,
-                        x.p, x.task, x.first_state, g.dh);
-      }
-#pragma unroll
-      for (int j = 0; j < C::kKept; ++j) g.dh[j / C::kS][j % C::kS] = 0;
-    }
-  }
-  if constexpr (C::kL > 1) {
-    sum_over_states<C>(sums, lane.q);
-#pragma unroll
-    for (int j = 0; j < kHeld / C::kL; ++j) {
-      add_to_tiles(x.row(piece * kHeld + lane.q * (kHeld / C::kL) + j), sums + j * 2 * C::kC);
-    }
-  }
-  __syncwarp();  // the shares are in place, and the checkpoint has been read
-  sum_shares(shared, lane, piece);
   __syncwarp();  // the shares have been read
 }
 
-// All of a tile for one block of states. `h` is the state before it. y is added to if there is a gate,
-// whose gradient needs it.
+// h and a of every step of a piece.
+template <class C>
+struct Held {
+  Kept<C> h[C::kHeld], a[C::kHeld];
+};
+
+// The state before step i of the piece.
+template <class C, bool kMarked>
+__device__ __forceinline__ void find_before(const Steps<C, kMarked>& x, const Lane<C>& lane,
+                                            BwdShared<C>& shared, int piece, const Held<C>& held,
+                                            int i, Kept<C>& h_prev) {
+  const int step = piece * C::kHeld + i, at = shared.checkpoint_at(lane.warp, piece) + lane.lane;
+#pragma unroll
+  for (int j = 0; j < C::kKept; ++j) {
+    h_prev[j / C::kS][j % C::kS] =
+        i == 0 ? shared.checkpoint[at + j * 32] : held.h[i == 0 ? 0 : i - 1][j / C::kS][j % C::kS];
+  }
+  if (kMarked && x.info.mark[step] & kStart) {
+    load_start<C>(x.p, x.task, x.info, step, x.first_state, h_prev);
+  }
+}
+
+template <class C, bool kMarked>
+__device__ __forceinline__ void walk_piece(const Steps<C, kMarked>& x, const Parameters<C>& k,
+                                           const Lane<C>& lane, BwdShared<C>& shared, int piece,
+                                           Held<C>& held) {
+  const int begin = piece * C::kHeld;
+#pragma unroll
+  for (int i = 0; i < C::kHeld; ++i) {
+    Kept<C> h_prev;
+    find_before(x, lane, shared, piece, held, i, h_prev);
+    const auto delta = x.channels(x.delta, begin + i, lane);
+    const auto delta_u = x.channels(x.delta_u, begin + i, lane);
+    const auto B = x.states(k, 0, begin + i, lane);
+#pragma unroll
+    for (int c = 0; c < C::kC; ++c) {
+#pragma unroll
+      for (int s = 0; s < C::kS; ++s) {
+        held.a[i][c][s] = decay(delta.x[c], k.A[c][s]);
+        held.h[i][c][s] =
+            next_state(held.a[i][c][s], h_prev[c][s], delta_u.x[c], k.projection(0, B, c, s));
+      }
+    }
+  }
+}
+
+// Adds a piece's outputs, which the gradient of the gate needs, to y.
+template <class C, bool kMarked>
+__device__ __forceinline__ void add_piece_outputs(const Steps<C, kMarked>& x,
+                                                  const Parameters<C>& k, const Lane<C>& lane,
+                                                  int begin, const Held<C>& held, Tile<C>& y) {
+  using R = typename C::R;
+#pragma unroll
+  for (int i0 = 0; i0 < C::kHeld; i0 += kBatch) {
+    R sums[kBatch * C::kC];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const auto C_t = x.states(k, 1, begin + i0 + j, lane);
+#pragma unroll
+      for (int c = 0; c < C::kC; ++c) {
+        R sum = 0;
+#pragma unroll
+        for (int s = 0; s < C::kS; ++s) {
+          sum += k.projection(1, C_t, c, s) * held.h[i0 + j][c][s];
+        }
+        sums[j * C::kC + c] = sum;
+      }
+    }
+    add_outputs<C>(sums, lane, begin + i0, y);
+  }
+}
+
+// Adds to what the tiles hold of d delta (to be scaled by ln 2) and d (delta u) at a step.
+template <class C>
+__device__ __forceinline__ void add_step_gradients(BwdShared<C>& shared, const Lane<C>& lane,
+                                                   int step, const typename C::R* sums) {
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    auto& out = several<C::kC>(shared.tile[kDDeltaTile + which][step * C::kPitch + lane.channel]);
+    auto v = out;
+#pragma unroll
+    for (int c = 0; c < C::kC; ++c) v.x[c] += sums[which * C::kC + c];
+    out = v;
+  }
+}
+
+// Back over a piece of which h and a are held.
+template <class C, bool kMarked>
+__device__ __forceinline__ void walk_piece_back(const Steps<C, kMarked>& x, const Parameters<C>& k,
+                                                const Lane<C>& lane, void* dinitial,
+                                                BwdShared<C>& shared, int piece,
+                                                const Held<C>& held, Gradients<C>& g) {
+  using R = typename C::R;
+  using S = BwdShared<C>;
+  const int begin = piece * S::kHeld;
+#pragma unroll
+  for (int i0 = S::kHeld - S::kSummed; i0 >= 0; i0 -= S::kSummed) {
+    R sums[S::kSummed * 2 * C::kC];  // of each step: over this lane's states
+#pragma unroll
+    for (int j = S::kSummed - 1; j >= 0; --j) {
+      const int i = i0 + j, step = begin + i;
+      if constexpr (kMarked) {
+        add_state_gradients<C>(x.p, x.task, x.info, step, x.first_state, g.dh);
+      }
+      Kept<C> h_prev;
+      find_before(x, lane, shared, piece, held, i, h_prev);
+      const auto delta = x.channels(x.delta, step, lane),
+                 delta_u = x.channels(x.delta_u, step, lane);
+      const auto dy = x.channels(shared.tile[kDyTile], step, lane);
+      const auto B = x.states(k, 0, step, lane), C_t = x.states(k, 1, step, lane);
+      Several<R, C::kS> dB{}, dC{};
+#pragma unroll
+      for (int c = 0; c < C::kC; ++c) {
+        R d_delta = 0, d_delta_u = 0;
+#pragma unroll
+        for (int s = 0; s < C::kS; ++s) {
+          R dB_s, dC_s;
+          step_vjp(held.a[i][c][s], h_prev[c][s], held.h[i][c][s], delta.x[c], delta_u.x[c],
+                   k.A[c][s], k.projection(0, B, c, s), k.projection(1, C_t, c, s), dy.x[c],
+                   g.dh[c][s], g.dA[c][s], dB_s, dC_s, d_delta, d_delta_u);
+          dB.x[s] += dB_s;
+          dC.x[s] += dC_s;
+          if constexpr (C::kAny) {
+            g.dfixed[0][c][s] += dB_s;
+            g.dfixed[1][c][s] += dC_s;
+          }
+        }
+        sums[j * 2 * C::kC + c] = d_delta;
+        sums[(j * 2 + 1) * C::kC + c] = d_delta_u;
+      }
+      if constexpr (C::kL == 1) add_step_gradients<C>(shared, lane, step, sums + j * 2 * C::kC);
+      const int at = (lane.warp * S::kSummed + j) * 2 * S::kShare +
+                     lane.lane % C::kRow * S::kShareRow + lane.q * C::kS;
+      several<C::kS>(shared.share[at]) = dB;
+      several<C::kS>(shared.share[at + S::kShare]) = dC;
+      if (kMarked && x.info.mark[step] & kStart) {
+        if (dinitial != nullptr && x.info.mark[step] & kFromSlot) {
+          store_states<C>(static_cast<R*>(dinitial) + x.info.slot[step] * x.p.dim * x.p.state,
+                          false, x.p, x.task, x.first_state, g.dh);
+        }
+#pragma unroll
+        for (int s = 0; s < C::kKept; ++s) g.dh[s / C::kS][s % C::kS] = 0;
+      }
+    }
+    if constexpr (C::kL > 1) {
+      sum_over_states<C>(sums, lane.q);
+#pragma unroll
+      for (int j = 0; j < S::kSummed / C::kL; ++j) {
+        add_step_gradients<C>(shared, lane, begin + i0 + lane.q * (S::kSummed / C::kL) + j,
+                              sums + j * 2 * C::kC);
+      }
+    }
+    sum_shares(shared, lane, begin + i0);
+  }
+}
+
+// All of a tile for one block of states. `h` is the state before it. y is added to if there is a
+// gate, whose gradient needs it.
 template <class C, bool kMarked>
 __device__ __forceinline__ void walk_back(const Steps<C, kMarked>& x, const Parameters<C>& k,
                                           Kept<C>& h, void* dinitial, BwdShared<C>& shared,
                                           Gradients<C>& g) {
   using S = BwdShared<C>;
   const Lane<C> lane;
-  const bool gated = bool(x.p.over[kZ]);
-  auto nobody = [](int, const Kept<C>&) {};
 #pragma unroll 1
   for (int piece = 0; piece < S::kPieces; ++piece) {
 #pragma unroll
@@ -191,16 +248,18 @@ __device__ __forceinline__ void walk_back(const Steps<C, kMarked>& x, const Para
       shared.checkpoint[shared.checkpoint_at(lane.warp, piece) + i * 32 + lane.lane] =
           h[i / C::kS][i % C::kS];
     }
-    const int begin = piece * S::kHeld, end = begin + S::kHeld;
-    if (gated) {
-      walk<C, true>(x, k, h, shared.tile[kY], begin, end, nobody);
-    } else if (piece + 1 < S::kPieces) {
-      walk<C, false>(x, k, h, shared.tile[kY], begin, end, nobody);
-    }
+    if (piece + 1 == S::kPieces) break;
+    walk<C, false>(x, k, h, shared.y, piece * S::kHeld, (piece + 1) * S::kHeld,
+                   [](int, const Kept<C>&) {});
   }
 #pragma unroll 1
   for (int piece = S::kPieces - 1; piece >= 0; --piece) {
-    walk_piece_back<C>(x, k, dinitial, shared, piece, g);
+    Held<C> held;
+    walk_piece(x, k, lane, shared, piece, held);
+    if (x.p.over[kZ]) {
+      add_piece_outputs(x, k, lane, piece * S::kHeld, held, shared.y);
+    }
+    walk_piece_back(x, k, lane, dinitial, shared, piece, held, g);
   }
 }
 

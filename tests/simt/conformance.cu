@@ -106,7 +106,7 @@ void counts(int) {
 // ---- scalar functions
 
 __global__ void scalars_kernel(const float* x, float* y, uint32_t* pair) {
-  const int i = int(threadIdx.x);
+  const int i = ptx::opaque(int(threadIdx.x));
   y[2 * i] = ptx::ex2(x[i]);
   y[2 * i + 1] = ptx::rcp(x[i]);
   pair[2 * i] = ptx::pack_bf16(x[i], -x[i]);

@@ -6,6 +6,8 @@
 
 namespace statescan::ptx {
 
+inline int opaque(int x) { return x; }
+
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline float ex2(float x) { return flush(std::exp2(flush(x))); }
 inline float rcp(float x) { return flush(1.0f / flush(x)); }
