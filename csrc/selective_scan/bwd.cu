@@ -28,7 +28,7 @@ __device__ __forceinline__ void read_entry(const BwdParams& p, BwdShared<C>& sha
   }
 }
 
-// Step sizes, dy before the gate, dz / y, D u; sums over states at zero.
+// Step sizes, dy before the gate, dz / y, D u.
 template <class C>
 __device__ __forceinline__ void prepare(const BwdParams& p, const Column<C>& column,
                                         const TileInfo& info, BwdShared<C>& shared) {
@@ -69,7 +69,6 @@ __device__ __forceinline__ void prepare(const BwdParams& p, const Column<C>& col
       shared.tile[kDeltaTile][at] = delta[j];
       shared.tile[kDeltaUTile][at] = delta[j] * u[j];
       shared.tile[kDyTile][at] = dy[j];
-      shared.tile[kDDeltaTile][at] = shared.tile[kDDeltaUTile][at] = 0;
       shared.tile[kUTile][at] = u[j];
       shared.tile[kSlopeTile][at] = slope[j];
     }
@@ -125,9 +124,9 @@ __device__ __forceinline__ void write_projection_sums(const BwdParams& p, const 
     const int n = first + i % C::kStates, which = i / C::kStates % 2, step = i / (2 * C::kStates);
     const int row = in_scan(p, step);
     if (row >= span.steps || n >= p.state || (C::kAny && is_constant(p, which))) continue;
-    Several<R, C::kS> sum{};
+    auto sum = several<C::kS>(shared.checkpoint[shared.result_at(0) + i]);
 #pragma unroll
-    for (int warp = 0; warp < C::kWarps; ++warp) {
+    for (int warp = 1; warp < C::kWarps; ++warp) {
       const auto v = several<C::kS>(shared.checkpoint[shared.result_at(warp) + i]);
 #pragma unroll
       for (int s = 0; s < C::kS; ++s) sum.x[s] += v.x[s];

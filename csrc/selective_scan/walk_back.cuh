@@ -65,9 +65,9 @@ __device__ __forceinline__ void sum_shares(BwdShared<C>& shared, const Lane<C>& 
   __syncwarp();  // the shares are in place, and the checkpoint has been read
   const int q = lane.lane % C::kL, row = lane.lane / C::kL;  // row: (step, which)
   auto* from = &shared.share[(lane.warp * S::kSummed * 2 + row) * S::kShare + q * C::kS];
-  Several<typename C::R, C::kS> sum{};
+  auto sum = several<C::kS>(from[0]);
 #pragma unroll
-  for (int r = 0; r < C::kRow; ++r) {
+  for (int r = 1; r < C::kRow; ++r) {
     const auto v = several<C::kS>(from[r * S::kShareRow]);
 #pragma unroll
     for (int s = 0; s < C::kS; ++s) sum.x[s] += v.x[s];
@@ -149,14 +149,17 @@ __device__ __forceinline__ void add_piece_outputs(const Steps<C, kMarked>& x,
   }
 }
 
-// Adds to what the tiles hold of d delta (to be scaled by ln 2) and d (delta u) at a step.
+// Puts d delta (to be scaled by ln 2) and d (delta u) of a step into their tiles; adds it, if they are
+// not the `first` states of the tile.
 template <class C>
 __device__ __forceinline__ void add_step_gradients(BwdShared<C>& shared, const Lane<C>& lane,
-                                                   int step, const typename C::R* sums) {
+                                                   bool first, int step,
+                                                   const typename C::R* sums) {
 #pragma unroll
   for (int which = 0; which < 2; ++which) {
     auto& out = several<C::kC>(shared.tile[kDDeltaTile + which][step * C::kPitch + lane.channel]);
-    auto v = out;
+    Several<typename C::R, C::kC> v{};
+    if (!first) v = out;
 #pragma unroll
     for (int c = 0; c < C::kC; ++c) v.x[c] += sums[which * C::kC + c];
     out = v;
@@ -207,7 +210,8 @@ __device__ __forceinline__ void walk_piece_back(const Steps<C, kMarked>& x, cons
         sums[j * 2 * C::kC + c] = d_delta;
         sums[(j * 2 + 1) * C::kC + c] = d_delta_u;
       }
-      if constexpr (C::kL == 1) add_step_gradients<C>(shared, lane, step, sums + j * 2 * C::kC);
+      if constexpr (C::kL == 1)
+        add_step_gradients<C>(shared, lane, x.first_state == 0, step, sums + j * 2 * C::kC);
       const int at = (lane.warp * S::kSummed + j) * 2 * S::kShare +
                      lane.lane % C::kRow * S::kShareRow + lane.q * C::kS;
       several<C::kS>(shared.share[at]) = dB;
@@ -225,8 +229,8 @@ __device__ __forceinline__ void walk_piece_back(const Steps<C, kMarked>& x, cons
       sum_over_states<C>(sums, lane.q);
 #pragma unroll
       for (int j = 0; j < S::kSummed / C::kL; ++j) {
-        add_step_gradients<C>(shared, lane, begin + i0 + lane.q * (S::kSummed / C::kL) + j,
-                              sums + j * 2 * C::kC);
+        add_step_gradients<C>(shared, lane, x.first_state == 0,
+                              begin + i0 + lane.q * (S::kSummed / C::kL) + j, sums + j * 2 * C::kC);
       }
     }
     sum_shares(shared, lane, begin + i0);

@@ -64,7 +64,7 @@ def test_any_dim(place, dim):
 @pytest.mark.parametrize("state", [1, 16])
 def test_dtypes_and_layouts(place, dtype, layout, state):
     """Rows in whole packs of 16 bytes and, with one step less, not."""
-    for seqlen, dim in ((40, 20), (39, 19)):
+    for seqlen, dim in ((40, 24), (39, 19)):
         inputs = sample(batch=1, seqlen=seqlen, dim=dim, state=state, dtype=dtype)
         if layout == "channel_last":
             for name in ("u", "delta", "z", "B", "C"):
@@ -142,6 +142,13 @@ def strided(inputs):
     h0 = inputs["initial_state"].detach()
     yield inputs | {"u": wide[:, 3:, 5:23].transpose(1, 2)}
     yield inputs | {"u": wide[:, :18, 8:45], "z": wide[:, :18, 9:46]}
+    rows = torch.randn(2, 37, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
+    yield inputs | {"u": rows[..., :18].transpose(1, 2), "z": rows[..., 1:19].transpose(1, 2)}
+    times = torch.randn(2, 18, 48, generator=torch.Generator().manual_seed(2)).bfloat16()
+    yield inputs | {
+        "u": times[..., 8:45],
+        "z": times[..., 9:46],
+    }  # packs that end too soon, and none
     yield inputs | {"delta": inputs["delta"].detach()[:, :1, :1].expand(2, 18, 37)}
     yield inputs | {
         "B": torch.stack([inputs["B"].detach()] * 2, -1)[..., 0],
