@@ -147,13 +147,10 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _rounds_factors(compute: torch.dtype, *tensors: Tensor) -> bool:
+def _rounds_factors(compute: torch.dtype, x: Tensor, B: Tensor, C: Tensor) -> bool:
     """Whether products are of bfloat16 numbers, and the states to be saved with them."""
-    return (
-        _C.isa() == "avx512_bf16"
-        and compute == torch.float32
-        and all(x.dtype == torch.bfloat16 for x in tensors)
-    )
+    can = B.shape[3] <= 256 if x.is_cuda else _C.isa() == "avx512_bf16"
+    return can and compute == torch.float32 and all(t.dtype == torch.bfloat16 for t in (x, B, C))
 
 
 @torch.library.register_fake("statescan::ssd_scan_fwd")

@@ -1,0 +1,49 @@
+// What the walks with and without tensor cores share.
+#pragma once
+
+#include <algorithm>
+
+#include "ssd_scan/pieces.cuh"
+
+namespace statescan::ssd_scan::cuda {
+
+// One block's share of a walk: some columns of one or more neighbouring heads along a part.
+struct WalkTask {
+  int64_t part, b, head, column;
+  int64_t begin, end;  // cells, in the order of the walk
+};
+
+// Columns vary fastest, then heads: neighbouring blocks share B and C. `heads`: blocks of them.
+__device__ __forceinline__ WalkTask walk_task(const WalkParams& p, int64_t i, int64_t columns,
+                                              int64_t heads_of_block) {
+  const int64_t heads = p.heads / heads_of_block, cells = p.cells();
+  WalkTask t;
+  t.column = i % columns, i /= columns;
+  t.head = i % heads * heads_of_block, i /= heads;
+  t.b = i % p.batch, t.part = i / p.batch;
+  t.begin = cells * t.part / p.parts, t.end = cells * (t.part + 1) / p.parts;
+  return t;
+}
+
+// The cell that the walk comes to as its j-th.
+__device__ __forceinline__ int64_t walked_cell(const WalkParams& p, int64_t j) {
+  return p.reverse != p.backward ? p.cells() - 1 - j : j;
+}
+
+// (chunk, head, headdim, state) of one batch element.
+__device__ __forceinline__ View<4> chunk_view(const View<5>& x, int64_t b) {
+  View<4> v = {static_cast<char*>(x.data) + b * x.stride[0] * element_bytes(x.dtype), x.dtype, {}};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v.stride[i] = x.stride[i + 1];
+  return v;
+}
+
+// Scratch of blocks that take `elements` each: shared up to what leaves two blocks on an SM of sm_80,
+// else global for as many blocks as may be running.
+inline Room room_for(const Shape& p, int64_t elements, int64_t tasks) {
+  constexpr int64_t kMostShared = 76 * 1024, kMostBlocks = 2 * 132;
+  const bool is_shared = elements * element_bytes(p.compute) <= kMostShared;
+  return {elements, is_shared ? tasks : std::min(tasks, kMostBlocks), is_shared};
+}
+
+}  // namespace statescan::ssd_scan::cuda
