@@ -24,7 +24,7 @@ struct Call {
 cuda::Inputs inputs(const SsdOperands& x, Call& call) {
   cuda::Inputs p{};
   static_cast<Shape&>(p) = check_ssd(x);
-  p.bfloat16 = false;
+  p.bfloat16 = is_bfloat16(x, p) && p.state <= cuda::kMostStates;
   const bool by_id = x.seq_idx && x.initial_states && x.initial_states->dim() == 5;
   DeviceSequences found = device_sequences(x.x, p.batch, p.seqlen, x.seq_idx, x.cu_seqlens, !by_id);
   p.sequences = found.sequences, call.ends = found.ends;
@@ -69,6 +69,16 @@ View<3> flat_states(const char* name, const OptionalTensor& t, const Shape& p) {
   return {t->data_ptr(), float_dtype(name, *t), {p.heads * p.headdim * p.state, p.state, 1}};
 }
 
+// States in the compute type, as tensor cores' kernels want them: a copy where they are not so.
+OptionalTensor in_compute(const char* name, const OptionalTensor& t, const Shape& p, int64_t slots,
+                          cudaStream_t stream) {
+  if (!t || float_dtype(name, *t) == p.compute) return t;
+  Tensor copy = empty(*t, sizes_of(*t), scalar_type(p.compute));
+  copy_states(flat_states(name, t, p), flat_states(name, copy, p), slots, p.heads * p.headdim,
+              p.state, stream);
+  return copy;
+}
+
 // Where sequences may have no tokens, their last state is their first one.
 void begin_states(const OptionalTensor& from, const Tensor& to, const cuda::Inputs& p,
                   cudaStream_t stream) {
@@ -105,7 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ssd_scan_fwd(
       empty(x, save_cell_states ? Sizes{p.batch, p.cells(), p.heads, p.state, p.headdim} : Sizes{0},
             scalar_type(p.cell_dtype()));
   p.y = view<4>("out_dtype", y);
-  if (h0) p.enter = ssd_slot_view("initial_states", *h0);
+  const OptionalTensor enter = in_compute("initial_states", h0, p, p.slots(), device.stream);
+  if (enter) p.enter = ssd_slot_view("initial_states", *enter);
   if (return_final_states) {
     p.leave = ssd_slot_view("final_states", final_states);
     begin_states(h0, final_states, p, device.stream);
@@ -181,11 +192,22 @@ BwdResult ssd_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dfinal_st
   Tensor dx = like(x), ddt = like(dt), dA = like(A), dB = like(B), dC = like(C), dD = like(D);
   Tensor dz = like(z), ddt_bias = like(dt_bias), dlog_decay = like(log_decay);
   Tensor dh0 = like(h0);
+  OptionalTensor dinitial;  // dh0, in the compute type
   if (h0) {
-    begin_states(dlast, dh0, p, stream);
-    back.leave = ssd_slot_view("dinitial_states", dh0);
+    const bool same = h0->scalar_type() == compute;
+    dinitial = same ? dh0 : empty(x, call.state_sizes, compute);
+    begin_states(dlast, *dinitial, p, stream);
+    back.leave = ssd_slot_view("dinitial_states", *dinitial);
   }
-  if (nothing) return {dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dlog_decay, dh0};
+  auto finish_states = [&] {
+    if (!h0 || h0->scalar_type() == compute) return;
+    copy_states(flat_states("dinitial_states", dinitial, p), flat_states("dinitial_states", dh0, p),
+                p.slots(), p.heads * p.headdim, p.state, stream);
+  };
+  if (nothing) {
+    finish_states();
+    return {dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dlog_decay, dh0};
+  }
 
   back.backward = true;
   if (dlast) back.enter = ssd_slot_view("dfinal_states", *dlast);
@@ -193,6 +215,7 @@ BwdResult ssd_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dfinal_st
   Tensor dcells = empty(x, sizes_of(cell_states), cell_states.scalar_type());
   back.cell_states = dcells.data_ptr();
   walk(x, back, stream, call);
+  finish_states();
 
   if (h0) p.initial_state = ssd_slot_view("initial_states", *h0);
   p.dlast_state = back.enter;

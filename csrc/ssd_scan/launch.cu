@@ -30,9 +30,13 @@ __global__ __launch_bounds__(kThreads) void carry_kernel(const WalkParams p, Div
   }
 }
 
+void walk_once(const WalkParams& p, cudaStream_t stream) {
+  p.bfloat16 ? tensor_walk(p, stream) : plain_walk(p, stream);
+}
+
 void find_carries(WalkParams p, cudaStream_t stream) {
   p.summarize = true;
-  plain_walk(p, stream);
+  walk_once(p, stream);
   const int64_t tasks = p.batch * p.heads * p.state * p.headdim;
   auto run = [&](auto* type) {
     launch("ssd_scan carry", carry_kernel<std::remove_pointer_t<decltype(type)>>,
@@ -47,7 +51,7 @@ int64_t part(int64_t whole, int64_t by) { return (whole + by - 1) / by; }
 
 }  // namespace
 
-Room walk_room(const WalkParams& p) { return plain_walk_room(p); }
+Room walk_room(const WalkParams& p) { return p.bfloat16 ? Room{0, 0, true} : plain_walk_room(p); }
 Room gradient_room(const GradientParams& p) { return plain_gradient_room(p); }
 
 // Two blocks to each of 132 multiprocessors keep them busy. Fewer: sequences are cut into parts of at
@@ -67,7 +71,7 @@ int64_t heads_of_task(const Shape& p) {
 void walk(const WalkParams& p, cudaStream_t stream) {
   if (p.batch * p.heads * p.headdim * p.seqlen == 0) return;
   if (p.parts > 1) find_carries(p, stream);
-  plain_walk(p, stream);
+  walk_once(p, stream);
 }
 
 void gradients(const GradientParams& p, cudaStream_t stream) { plain_gradients(p, stream); }

@@ -173,11 +173,11 @@ class Gradients {
   // begins or ends.
   __device__ __forceinline__ void load_state(const void* saved, bool is_saved, const View<4>& given,
                                              int64_t slot, int64_t h, R* to) {
-    const R* from = static_cast<const R*>(saved) + sum_row(h) * p_.state * p_.headdim;
+    const int64_t from = sum_row(h) * p_.state * p_.headdim;
     for_elements(N_, P_, [&](int n, int i) {
       R x = 0;
       if (is_saved) {
-        x = from[int64_t(n) * P_ + i];
+        x = load_element<R>(saved, p_.cell_dtype(), from + int64_t(n) * P_ + i);
       } else if (given && slot >= 0) {
         x = load_at<R>(given, slot, h, i, n);
       }

@@ -52,72 +52,16 @@ class Walk {
 
   __device__ __forceinline__ void run() {
     const bool entered = task_.part > 0 && !p_.summarize;
-    const R* carry = static_cast<const R*>(p_.carry) + carry_row() * p_.state * p_.headdim;
+    const R* carry = static_cast<const R*>(p_.carry) + task_.carry_row(p_) * p_.state * p_.headdim;
     for_state([&](int n, int i, R& S) { S = entered ? carry[n * p_.headdim + first_ + i] : R(0); });
-    for (int64_t j = task_.begin; j < task_.end; ++j) run_cell(cell_at(p_, walked_cell(p_, j)));
+    walk_cells(p_, task_, shared_.marks, *this);
     if (!p_.summarize) return;
-    R* to = static_cast<R*>(p_.carry) + (carry_row() + p_.batch * p_.heads) * p_.state * p_.headdim;
+    R* to = static_cast<R*>(p_.carry) +
+            (task_.carry_row(p_) + p_.batch * p_.heads) * p_.state * p_.headdim;
     for_state([&](int n, int i, R& S) { to[n * p_.headdim + first_ + i] = S; });
     if (threadIdx.x == 0 && task_.column == 0) {
-      static_cast<R*>(p_.factor)[carry_row() + p_.batch * p_.heads] = factor_;
+      static_cast<R*>(p_.factor)[task_.carry_row(p_) + p_.batch * p_.heads] = factor_;
     }
-  }
-
- private:
-  template <class F>
-  __device__ __forceinline__ void for_state(F&& f) {
-    for_elements(int(p_.state), columns_, [&](int n, int i) { f(n, i, x_.S[n * x_.pitch + i]); });
-    __syncthreads();  // the state is in place
-  }
-
-  // (part, batch, head) of carry and factor.
-  __device__ __forceinline__ int64_t carry_row() const {
-    return (task_.part * p_.batch + task_.b) * p_.heads + task_.head;
-  }
-
-  __device__ __forceinline__ void run_cell(const Cell& cell) {
-    __syncthreads();  // the cell before is done with
-    load_marks(p_, task_.b, cell, shared_.marks);
-    __syncthreads();  // the marks are in place
-    const Pieces pieces(p_, task_.b, cell, shared_.marks);
-    if (p_.backward) {
-      for (int end = cell.rows; end > 0;) {
-        const Piece piece = pieces.until(end);
-        run_piece(cell, piece);
-        end = piece.row;
-      }
-    } else {
-      for (int begin = 0; begin < cell.rows;) {
-        const Piece piece = pieces.from(begin);
-        run_piece(cell, piece);
-        begin = piece.row + piece.rows;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void run_piece(const Cell& cell, const Piece& piece) {
-    const bool back = p_.backward;
-    if (piece.padding || (back ? piece.last : piece.first)) {
-      restart(p_.enter && !piece.padding ? (back ? piece.to : piece.from) : -1);
-    }
-    if (!p_.summarize && (back ? piece.exit : piece.entry)) save(cell);
-    if (piece.padding) {
-      if (!back && !p_.summarize) clear_outputs(piece);
-      return;
-    }
-    if (threadIdx.x < 32) find_decays(p_, piece, task_.head, own_, shared_.decays);
-    load(piece);
-    __syncthreads();  // operands and decays are in place
-    if (!back && !p_.summarize) output(piece);
-    update(piece);
-    if (back && cell.chunk_entry && piece.entry && p_.chunk_states) {
-      add_chunk_gradient(cell);
-    }
-    if (p_.summarize || !p_.leave) return;
-    const int64_t slot = back ? (piece.first ? piece.from : -1) : (piece.last ? piece.to : -1);
-    if (slot < 0) return;
-    for_state(
-        [&](int n, int i, R& S) { store_at<R>(p_.leave, slot, task_.head, first_ + i, n, S); });
   }
 
   __device__ __forceinline__ void restart(int64_t slot) {
@@ -149,6 +93,26 @@ class Walk {
     for_elements(piece.rows, columns_, [&](int t, int i) {
       store_at<R>(p_.y, piece.b, piece.time(t), task_.head, first_ + i, 0);
     });
+  }
+
+  __device__ __forceinline__ void leave(int64_t slot) {
+    for_state(
+        [&](int n, int i, R& S) { store_at<R>(p_.leave, slot, task_.head, first_ + i, n, S); });
+  }
+
+  __device__ __forceinline__ void advance(const Piece& piece) {
+    if (threadIdx.x < 32) find_decays(p_, piece, task_.head, own_, shared_.decays);
+    load(piece);
+    __syncthreads();  // operands and decays are in place
+    if (!p_.backward && !p_.summarize) output(piece);
+    update(piece);
+  }
+
+ private:
+  template <class F>
+  __device__ __forceinline__ void for_state(F&& f) {
+    for_elements(int(p_.state), columns_, [&](int n, int i) { f(n, i, x_.S[n * x_.pitch + i]); });
+    __syncthreads();  // the state is in place
   }
 
   __device__ __forceinline__ void load(const Piece& piece) {

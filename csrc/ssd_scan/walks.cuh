@@ -11,6 +11,11 @@ namespace statescan::ssd_scan::cuda {
 struct WalkTask {
   int64_t part, b, head, column;
   int64_t begin, end;  // cells, in the order of the walk
+
+  // (part, batch, head) of carry and factor.
+  __device__ __forceinline__ int64_t carry_row(const Shape& p) const {
+    return (part * p.batch + b) * p.heads + head;
+  }
 };
 
 // Columns vary fastest, then heads: neighbouring blocks share B and C. `heads`: blocks of them.
@@ -36,6 +41,44 @@ __device__ __forceinline__ View<4> chunk_view(const View<5>& x, int64_t b) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) v.stride[i] = x.stride[i + 1];
   return v;
+}
+
+// Walks a piece: `body` has the state of one or more heads and the operands.
+template <class Body>
+__device__ __forceinline__ void walk_piece(const WalkParams& p, const Cell& cell,
+                                           const Piece& piece, Body& body) {
+  const bool back = p.backward;
+  if (piece.padding || (back ? piece.last : piece.first)) {
+    body.restart(p.enter && !piece.padding ? (back ? piece.to : piece.from) : -1);
+  }
+  if (!p.summarize && (back ? piece.exit : piece.entry)) body.save(cell);
+  if (piece.padding) {
+    if (!back && !p.summarize) body.clear_outputs(piece);
+    return;
+  }
+  body.advance(piece);
+  if (back && cell.chunk_entry && piece.entry && p.chunk_states) body.add_chunk_gradient(cell);
+  if (p.summarize || !p.leave) return;
+  const int64_t slot = back ? (piece.first ? piece.from : -1) : (piece.last ? piece.to : -1);
+  if (slot >= 0) body.leave(slot);
+}
+
+// Walks the cells of a task, by all threads of the block.
+template <class Body>
+__device__ __forceinline__ void walk_cells(const WalkParams& p, const WalkTask& task, Marks& marks,
+                                           Body& body) {
+  for (int64_t j = task.begin; j < task.end; ++j) {
+    const Cell cell = cell_at(p, walked_cell(p, j));
+    __syncthreads();  // the cell before is done with
+    load_marks(p, task.b, cell, marks);
+    __syncthreads();  // the marks are in place
+    const Pieces pieces(p, task.b, cell, marks);
+    for (int row = p.backward ? cell.rows : 0; p.backward ? row > 0 : row < cell.rows;) {
+      const Piece piece = p.backward ? pieces.until(row) : pieces.from(row);
+      walk_piece(p, cell, piece, body);
+      row = p.backward ? piece.row : piece.row + piece.rows;
+    }
+  }
 }
 
 // Scratch of blocks that take `elements` each: shared up to what leaves two blocks on an SM of sm_80,

@@ -92,6 +92,12 @@ def test_groups_and_skip_weights(place, groups, dtype):
     check(place, sample(1, 19, heads=6, groups=groups, D=groups % 3, dtype=dtype))
 
 
+def test_two_heads_to_a_block(place):
+    """Where there are enough of them; a group's heads alone share a block."""
+    inputs = sample(1, 18, 264, 3, 4, 2, D=2, dtype=torch.bfloat16)
+    check(place, inputs, return_final_states=True)
+
+
 @REVERSE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_log_decay(place, dtype, reverse):
@@ -123,7 +129,9 @@ def test_dt_limit(place, limits):
 def test_chunk_states(place, chunk, reverse, dtype):
     inputs = sample(1, seqlen=110, heads=2, dtype=dtype)
     options = {"chunk_size": chunk, "return_chunk_states": True, "reverse": reverse}
-    check(place, inputs, **options, return_final_states=chunk == 50)
+    # Gradients of states are rounded where cells meet, which for cells of 7 steps is often.
+    slack = 2 if dtype == torch.bfloat16 and chunk == 7 else 1
+    check(place, inputs, **options, return_final_states=chunk == 50, slack=slack)
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["final", "chunk"])
@@ -303,7 +311,8 @@ def test_offsets_that_make_no_sense_stay_in_bounds(place, dtype):
 def test_parts(place, reverse, dtype):
     inputs = sample(1, 12 * 8 + 3, 2, 3, 4, decay=0.1, dtype=dtype)
     options = {"chunk_size": 12, "return_chunk_states": True, "return_final_states": True}
-    check(place, inputs, **options, reverse=reverse)
+    slack = 3 if dtype == torch.bfloat16 else 1  # states rounded every 12 steps, weak decay
+    check(place, inputs, **options, reverse=reverse, slack=slack)
 
 
 @BFLOAT16
@@ -312,10 +321,11 @@ def test_parts_of_many_sequences(place, reverse, dtype):
     options = {"chunk_size": 8, "return_final_states": True, "reverse": reverse}
     lengths = (20, 45, 0, 5, 29)
     inputs = sample(1, 99, 2, 3, 4, slots=(5,), decay=0.1, dtype=dtype)
-    check(place, inputs, cu_seqlens=cu(*lengths), **options)
+    slack = 3 if dtype == torch.bfloat16 else 1  # as above
+    check(place, inputs, cu_seqlens=cu(*lengths), **options, slack=slack)
     seq_idx = torch.stack([ids((0, 20), (-1, 50), (1, 20)), ids((2, 90))])
     inputs = sample(2, 90, 2, 3, 4, decay=0.1, dtype=dtype)
-    check(place, inputs, seq_idx=seq_idx, **options)
+    check(place, inputs, seq_idx=seq_idx, **options, slack=slack)
 
 
 @BFLOAT16
