@@ -25,7 +25,7 @@ struct Product {  // 16 rows by 16 columns, as two halves of 8; see at()
   // f(row, column, number) for the lane's eight numbers.
   template <class F>
   __device__ __forceinline__ void for_each(F&& f) {
-    const int lane = int(threadIdx.x) % 32;
+    const int lane = ptx::lane();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -38,13 +38,13 @@ struct Product {  // 16 rows by 16 columns, as two halves of 8; see at()
 
 // From a tile of [row][depth], or of [depth][row].
 __device__ __forceinline__ Left left_of(const BFloat16* tile, int pitch) {
-  const int lane = int(threadIdx.x) % 32;
+  const int lane = ptx::lane();
   Left x;
   ptx::ldmatrix_x4(x.a, tile + lane % 16 * pitch + lane / 16 * 8);
   return x;
 }
 __device__ __forceinline__ Left left_of_transposed(const BFloat16* tile, int pitch) {
-  const int lane = int(threadIdx.x) % 32;
+  const int lane = ptx::lane();
   Left x;
   ptx::ldmatrix_x4_trans(x.a, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
   return x;
@@ -52,13 +52,13 @@ __device__ __forceinline__ Left left_of_transposed(const BFloat16* tile, int pit
 
 // From a tile of [depth][column], or of [column][depth].
 __device__ __forceinline__ Right right_of(const BFloat16* tile, int pitch) {
-  const int lane = int(threadIdx.x) % 32;
+  const int lane = ptx::lane();
   Right x;
   ptx::ldmatrix_x4_trans(x.b, tile + lane % 16 * pitch + lane / 16 * 8);
   return x;
 }
 __device__ __forceinline__ Right right_of_transposed(const BFloat16* tile, int pitch) {
-  const int lane = int(threadIdx.x) % 32;
+  const int lane = ptx::lane();
   Right x;
   ptx::ldmatrix_x4(x.b, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
   return x;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void multiply(Product& sum, const Left& x, const Righ
 
 // Rounded into a tile of [row][column].
 __device__ __forceinline__ void store_rounded(const Product& x, BFloat16* tile, int pitch) {
-  const int lane = int(threadIdx.x) % 32;
+  const int lane = ptx::lane();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
 #pragma unroll

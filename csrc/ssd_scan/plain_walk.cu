@@ -18,7 +18,7 @@ constexpr int kColumns = 64;  // of headdim
 template <class R>
 struct WalkShared {
   Decays<R> decays;
-  Marks marks;
+  WalkPlace place;
 };
 
 // The block's operands in its scratch, as [row][column].
@@ -54,7 +54,7 @@ class Walk {
     const bool entered = task_.part > 0 && !p_.summarize;
     const R* carry = static_cast<const R*>(p_.carry) + task_.carry_row(p_) * p_.state * p_.headdim;
     for_state([&](int n, int i, R& S) { S = entered ? carry[n * p_.headdim + first_ + i] : R(0); });
-    walk_cells(p_, task_, shared_.marks, *this);
+    walk_cells(p_, shared_.place, *this);
     if (!p_.summarize) return;
     R* to = static_cast<R*>(p_.carry) +
             (task_.carry_row(p_) + p_.batch * p_.heads) * p_.state * p_.headdim;
@@ -195,10 +195,12 @@ __global__ __launch_bounds__(kPlainThreads, 1) void plain_walk_kernel(const Walk
                                                                       int64_t tasks) {
   R* scratch = p.scratch == nullptr ? dynamic_shared<R>()
                                     : static_cast<R*>(p.scratch) + blockIdx.x * elements;
+  WalkPlace& place = block_shared<WalkShared<R>>().place;
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
-    const WalkTask task = walk_task(p, i, (p.headdim + kColumns - 1) / kColumns, 1);
-    Walk<R>(p, task, scratch).run();
     __syncthreads();  // the task before is done with
+    if (threadIdx.x == 0) place.task = walk_task(p, i, (p.headdim + kColumns - 1) / kColumns, 1);
+    __syncthreads();  // the task is known
+    Walk<R>(p, place.task, scratch).run();
   }
 }
 

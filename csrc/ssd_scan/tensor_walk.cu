@@ -1,8 +1,8 @@
 // The walks of the SSD scan on tensor cores: x, B and C of bfloat16, sums and states in float.
 //
-// Block: 4 warps for each of 1 or 2 heads of a group, kP columns of their states along one part of a
-// sequence. A warp has 16 steps of the outputs, and every fourth 16 rows of the state in registers;
-// the rounded state is in shared memory, as an operand. Per piece
+// Block: 8 warps for each of 1 or 2 heads of a group, kP columns of their states along one part of a
+// sequence. A warp has 16 steps of the outputs and half of their columns, and every eighth 16 rows of
+// the state in registers; the rounded state is in shared memory, as an operand. Per piece
 //
 //   stage B, C, x | G = C B^T, by all warps | y = row (C S) + M x + D x | x <- column w x | S update
 //                   shared by the heads       M = G between w, rounded    in place          S rounded
@@ -18,7 +18,7 @@
 namespace statescan::ssd_scan::cuda {
 namespace {
 
-constexpr int kHeadThreads = 128, kMostHeads = 2;
+constexpr int kHeadWarps = 8, kHeadThreads = 32 * kHeadWarps, kMostHeads = 2;
 constexpr int kBelow = 10;  // blocks of 16 x 16 on and below the diagonal of G
 
 template <int kN, int kP>
@@ -33,7 +33,7 @@ template <int kN, int kP>
 struct WalkTiles {
   Tile<kSteps, kN> key, C;
   alignas(16) SharedArray<float4, kBelow * 64> G;  // [block][half][lane], as the lanes hold it
-  Marks marks;
+  WalkPlace place;
   alignas(16) SharedArray<HeadTiles<kN, kP>, kMostHeads> head;
 };
 
@@ -45,13 +45,8 @@ class TensorWalk {
         task_(task),
         tiles_(*dynamic_shared<WalkTiles<kN, kP>>()),
         own_tiles_(tiles_.head[int(threadIdx.x) / kHeadThreads]),
-        thread_(int(threadIdx.x) % kHeadThreads),
-        warp_(thread_ / 32),
-        N_(int(p.state)),
-        columns_(int(p.headdim - task.column * kP < kP ? p.headdim - task.column * kP : kP)),
-        head_(task.head + int(threadIdx.x) / kHeadThreads),
-        first_(task.column * kP),
-        own_(p, head_) {}
+        warp_(int(threadIdx.x) / 32 % kHeadWarps),
+        columns_(int(p.headdim - task.column * kP < kP ? p.headdim - task.column * kP : kP)) {}
 
   __device__ __forceinline__ void run() {
     const bool entered = task_.part > 0 && !p_.summarize;
@@ -62,17 +57,17 @@ class TensorWalk {
       round_state();
     }
     if (p_.D && !p_.backward) {
-      for (int i = thread_; i < columns_; i += kHeadThreads) {
+      for (int i = thread(); i < columns_; i += kHeadThreads) {
         own_tiles_.D[i] = load_element<float>(
-            p_.D.data, p_.D.dtype, head_ * p_.D.stride[0] + (first_ + i) * p_.D.stride[1]);
+            p_.D.data, p_.D.dtype, head() * p_.D.stride[0] + (first() + i) * p_.D.stride[1]);
       }
     }
-    walk_cells(p_, task_, tiles_.marks, *this);
+    walk_cells(p_, tiles_.place, *this);
     if (!p_.summarize) return;
     float* to = static_cast<float*>(p_.carry) + carry_offset() +
                 p_.batch * p_.heads * p_.state * p_.headdim;
     for_state(p_.headdim, 1, [&](int64_t at, float& S) { to[at] = S; });
-    if (thread_ == 0 && task_.column == 0) {
+    if (thread() == 0 && task_.column == 0) {
       static_cast<float*>(p_.factor)[head_row() + p_.batch * p_.heads] = factor_;
     }
   }
@@ -82,7 +77,7 @@ class TensorWalk {
     if (slot >= 0) {
       const View<4>& x = p_.enter;
       const float* from = static_cast<const float*>(x.data) + slot * x.stride[0] +
-                          head_ * x.stride[1] + first_ * x.stride[2];
+                          head() * x.stride[1] + first() * x.stride[2];
       for_state(x.stride[3], x.stride[2], [&](int64_t at, float& S) { S = from[at]; });
     }
     __syncthreads();  // the rounded state has been read
@@ -98,12 +93,12 @@ class TensorWalk {
                 [&](int64_t at, float& S) { to[at] = S; });
     }
     if (p_.cell_states == nullptr) return;
-    const int64_t row = ((task_.b * p_.cells() + cell.index) * p_.heads + head_) * p_.state;
-    BFloat16* to = static_cast<BFloat16*>(p_.cell_states) + row * p_.headdim + first_;
+    const int64_t row = ((task_.b * p_.cells() + cell.index) * p_.heads + head()) * p_.state;
+    BFloat16* to = static_cast<BFloat16*>(p_.cell_states) + row * p_.headdim + first();
     const bool packed = p_.headdim % 8 == 0;  // so are the columns of a task
     const int step = packed ? 8 : 1;
     const unsigned across = unsigned(columns_ / step);
-    for (unsigned k = unsigned(thread_); k < unsigned(N_) * across; k += kHeadThreads) {
+    for (unsigned k = unsigned(thread()); k < unsigned(states()) * across; k += kHeadThreads) {
       const int n = int(k / across), i = int(k % across) * step;
       if (packed) {
         ptx::store(reinterpret_cast<uint4*>(to + n * p_.headdim + i), own_tiles_.S.pack(n, i));
@@ -123,36 +118,36 @@ class TensorWalk {
 
   __device__ __forceinline__ void leave(int64_t slot) {
     const View<4>& x = p_.leave;
-    float* to = static_cast<float*>(x.data) + slot * x.stride[0] + head_ * x.stride[1] +
-                first_ * x.stride[2];
+    float* to = static_cast<float*>(x.data) + slot * x.stride[0] + head() * x.stride[1] +
+                first() * x.stride[2];
     for_state(x.stride[3], x.stride[2], [&](int64_t at, float& S) { to[at] = S; });
   }
 
   __device__ __forceinline__ void clear_outputs(const Piece& piece) {
-    const Slice y(p_.y, piece, head_, first_, columns_);
+    const Slice y(p_.y, piece, head(), first(), columns_);
     const unsigned pairs = unsigned(columns_ + 1) / 2;
-    for (unsigned k = unsigned(thread_); k < unsigned(piece.rows) * pairs; k += kHeadThreads) {
+    for (unsigned k = unsigned(thread()); k < unsigned(piece.rows) * pairs; k += kHeadThreads) {
       store_pair(y, int(k / pairs), int(k % pairs) * 2, 0, 0);
     }
   }
 
   __device__ __forceinline__ void advance(const Piece& piece) {
     const int shift = p_.shift_output ? 1 : 0, threads = int(blockDim.x);
-    const int64_t group = head_ / p_.group_heads();
+    const int64_t group = head() / p_.group_heads();
     const bool outputs = !p_.backward && !p_.summarize;
-    const Slice key(p_.backward ? p_.C : p_.B, piece, group, 0, N_);
+    const Slice key(p_.backward ? p_.C : p_.B, piece, group, 0, states());
     load_tile(key, piece, p_.backward ? shift : 0, tiles_.key, int(threadIdx.x), threads);
     if (outputs) {
-      load_tile(Slice(p_.C, piece, group, 0, N_), piece, shift, tiles_.C, int(threadIdx.x),
+      load_tile(Slice(p_.C, piece, group, 0, states()), piece, shift, tiles_.C, int(threadIdx.x),
                 threads);
     }
     if (p_.backward) {
-      load_ungated(p_, piece, head_, first_, columns_, own_tiles_.value, thread_, kHeadThreads);
+      load_ungated(p_, piece, head(), first(), columns_, own_tiles_.value, thread(), kHeadThreads);
     } else {
-      load_tile(Slice(p_.x, piece, head_, first_, columns_), piece, 0, own_tiles_.value, thread_,
+      load_tile(Slice(p_.x, piece, head(), first(), columns_), piece, 0, own_tiles_.value, thread(),
                 kHeadThreads);
     }
-    if (warp_ == 0) find_decays(p_, piece, head_, own_, own_tiles_.decays);
+    if (warp_ == 0) find_decays(p_, piece, head(), Head<float>(p_, head()), own_tiles_.decays);
     __syncthreads();  // operands and decays are in place
     if (outputs) {
       mix(piece.rows);
@@ -168,31 +163,54 @@ class TensorWalk {
   }
 
  private:
-  static constexpr int kDown = kN / 64, kAcross = kP / 16;  // products that a warp has of the state
+  __device__ __forceinline__ int64_t head() const {
+    return task_.head + int(threadIdx.x) / kHeadThreads;
+  }
+  __device__ __forceinline__ int thread() const { return 32 * warp_ + ptx::lane(); }  // of the head
+  __device__ __forceinline__ int tile_row() const { return warp_ % 4; }               // 16 outputs
+  __device__ __forceinline__ int64_t first() const { return task_.column * kP; }
+  __device__ __forceinline__ int states() const { return int(p_.state); }
+
+  static constexpr int kStage = 16 * 17;  // numbers of a product, without conflicts
+  static_assert(kStage * kHeadWarps * kMostHeads * 4 <= int(sizeof(Tile<kSteps, kN>)));
+  static constexpr int kDown = kN / 128,
+                       kAcross = kP / 16;  // products that a warp has of the state
 
   __device__ __forceinline__ int64_t head_row() const {
-    return (task_.part * p_.batch + task_.b) * p_.heads + head_;
+    return (task_.part * p_.batch + task_.b) * p_.heads + head();
   }
   __device__ __forceinline__ int64_t carry_offset() const {
-    return head_row() * p_.state * p_.headdim + first_;
+    return head_row() * p_.state * p_.headdim + first();
   }
   __device__ __forceinline__ float* chunk_state(const Cell& cell) const {
     const View<5>& x = p_.chunk_states;
     return static_cast<float*>(x.data) + task_.b * x.stride[0] + cell.chunk * x.stride[1] +
-           head_ * x.stride[2] + first_ * x.stride[3];
+           head() * x.stride[2] + first() * x.stride[3];
   }
 
-  // f(offset, number) for the numbers of the state that the lane has and that there are.
+  // f(offset, number) for the numbers of the warp's part of the state that there are, by way of shared
+  // memory: 16 rows by 16 columns at a time, neighbours of a column side by side. Between pieces only.
   template <class F>
   __device__ __forceinline__ void for_state(int64_t state_stride, int64_t column_stride, F&& f) {
+    const int lane = ptx::lane();
+    float* stage = reinterpret_cast<float*>(tiles_.key.at(0, 0)) + int(threadIdx.x) / 32 * kStage;
 #pragma unroll
     for (int i = 0; i < kDown; ++i) {
 #pragma unroll
       for (int j = 0; j < kAcross; ++j) {
-        S_[i][j].for_each([&](int row, int column, float& S) {
-          const int n = 16 * (warp_ + 4 * i) + row, c = 16 * j + column;
-          if (n < N_ && c < columns_) f(n * state_stride + c * column_stride, S);
-        });
+        const int n = 16 * (warp_ + kHeadWarps * i), c = 16 * j;
+        if (n >= states() || c >= columns_) continue;
+        S_[i][j].for_each([&](int row, int column, float& S) { stage[column * 17 + row] = S; });
+        __syncwarp();  // the numbers are in place
+#pragma unroll 1
+        for (int k = lane; k < 256; k += 32) {
+          const int row = n + k % 16, column = c + k / 16;
+          if (row >= states() || column >= columns_) continue;
+          f(row * state_stride + column * column_stride, stage[k / 16 * 17 + k % 16]);
+        }
+        __syncwarp();  // they may have changed
+        S_[i][j].for_each([&](int row, int column, float& S) { S = stage[column * 17 + row]; });
+        __syncwarp();  // they have been read
       }
     }
   }
@@ -210,7 +228,7 @@ class TensorWalk {
     for (int i = 0; i < kDown; ++i) {
 #pragma unroll
       for (int j = 0; j < kAcross; ++j) {
-        store_rounded(S_[i][j], own_tiles_.S.at(16 * (warp_ + 4 * i), 16 * j),
+        store_rounded(S_[i][j], own_tiles_.S.at(16 * (warp_ + kHeadWarps * i), 16 * j),
                       Tile<kN, kP>::kPitch);
       }
     }
@@ -219,14 +237,14 @@ class TensorWalk {
   // G on and below the diagonal, a block of 16 x 16 to each warp in turn.
   __device__ __forceinline__ void mix(int rows) {
     constexpr int kPitch = Tile<kSteps, kN>::kPitch;
-    const int lane = int(threadIdx.x) % 32;
+    const int lane = ptx::lane();
 #pragma unroll 1
     for (int block = int(threadIdx.x) / 32; block < kBelow; block += int(blockDim.x) / 32) {
       const int t = block >= 6 ? 3 : block >= 3 ? 2 : block >= 1, s = block - t * (t + 1) / 2;
       if (16 * t >= rows) continue;
       Product G;
 #pragma unroll 2
-      for (int k = 0; k < N_; k += 16) {
+      for (int k = 0; k < states(); k += 16) {
         multiply(G, left_of(tiles_.C.at(16 * t, k), kPitch),
                  right_of_transposed(tiles_.key.at(16 * s, k), kPitch));
       }
@@ -237,71 +255,65 @@ class TensorWalk {
     }
   }
 
-  // The warp's rows of M, as operands.
-  __device__ __forceinline__ void mixed(int shift, Left (&M)[4]) {
+  // The warp's rows of M for the steps of a block, as an operand.
+  __device__ __forceinline__ Left mixed(int block, int shift) {
     Decays<float>& d = own_tiles_.decays;
-    const int lane = int(threadIdx.x) % 32;
+    const int at = (tile_row() * (tile_row() + 1) / 2 + block) * 64 + ptx::lane();
+    Product x;
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      if (s > warp_) continue;
-      const int block = warp_ * (warp_ + 1) / 2 + s;
-      Product x;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float4 G = tiles_.G[(2 * block + h) * 32 + lane];
-        x.d[h][0] = G.x, x.d[h][1] = G.y, x.d[h][2] = G.z, x.d[h][3] = G.w;
-      }
-      x.for_each([&](int row, int column, float& M) {
-        const int t = 16 * warp_ + row, step = 16 * s + column;
-        M = step + shift <= t ? M * d.between(t, step, shift) * d.weight[step] : 0.0f;
-      });
-      M[s] = as_left(x);
+    for (int h = 0; h < 2; ++h) {
+      const float4 G = tiles_.G[at + 32 * h];
+      x.d[h][0] = G.x, x.d[h][1] = G.y, x.d[h][2] = G.z, x.d[h][3] = G.w;
     }
+    x.for_each([&](int row, int column, float& M) {
+      const int t = 16 * tile_row() + row, s = 16 * block + column;
+      M = s + shift <= t ? M * d.between(t, s, shift) * d.weight[s] : 0.0f;
+    });
+    return as_left(x);
   }
 
+  // 16 rows of y, half of the columns.
   __device__ __forceinline__ void output(const Piece& piece, int shift) {
     constexpr int kStatePitch = Tile<kSteps, kN>::kPitch, kPitch = Tile<kSteps, kP>::kPitch;
-    if (16 * warp_ >= piece.rows) return;
-    Left M[4];
-    mixed(shift, M);
-    const Slice y_slice(p_.y, piece, head_, first_, columns_);
-    const Slice z_slice(p_.z ? p_.z : p_.y, piece, head_, first_, columns_);
-#pragma unroll 1
-    for (int c = 0; c < columns_; c += 32) {
-      const bool both = c + 16 < columns_;
-      Product y[2];
+    constexpr int kProducts = kAcross / 2;
+    const int first_column = warp_ / 4 * (kP / 2);
+    if (16 * tile_row() >= piece.rows || first_column >= columns_) return;
+    Product y[kProducts];
+    auto for_products = [&](auto&& f) {
+#pragma unroll
+      for (int j = 0; j < kProducts; ++j) {
+        if (first_column + 16 * j < columns_) f(y[j], first_column + 16 * j);
+      }
+    };
 #pragma unroll 2
-      for (int k = 0; k < N_; k += 16) {
-        const Left C = left_of(tiles_.C.at(16 * warp_, k), kStatePitch);
-        multiply(y[0], C, right_of(own_tiles_.S.at(k, c), kPitch));
-        if (both) multiply(y[1], C, right_of(own_tiles_.S.at(k, c + 16), kPitch));
-      }
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        y[j].for_each(
-            [&](int row, int, float& v) { v *= own_tiles_.decays.row[16 * warp_ + row]; });
-      }
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        if (s > warp_) continue;
-        multiply(y[0], M[s], right_of(own_tiles_.value.at(16 * s, c), kPitch));
-        if (both) multiply(y[1], M[s], right_of(own_tiles_.value.at(16 * s, c + 16), kPitch));
-      }
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        if (j == 0 || both) store_output(y[j], piece, c + 16 * j, y_slice, z_slice);
-      }
+    for (int k = 0; k < states(); k += 16) {
+      const Left C = left_of(tiles_.C.at(16 * tile_row(), k), kStatePitch);
+      for_products(
+          [&](Product& x, int c) { multiply(x, C, right_of(own_tiles_.S.at(k, c), kPitch)); });
     }
+    for_products([&](Product& x, int) {
+      x.for_each(
+          [&](int row, int, float& v) { v *= own_tiles_.decays.row[16 * tile_row() + row]; });
+    });
+#pragma unroll 1
+    for (int block = 0; block <= tile_row(); ++block) {
+      const Left M = mixed(block, shift);
+      for_products([&](Product& x, int c) {
+        multiply(x, M, right_of(own_tiles_.value.at(16 * block, c), kPitch));
+      });
+    }
+    for_products([&](Product& x, int c) { store_output(x, piece, c); });
   }
 
-  __device__ __forceinline__ void store_output(Product& y, const Piece& piece, int c,
-                                               const Slice& to, const Slice& z_slice) {
-    const int lane = int(threadIdx.x) % 32;
+  __device__ __forceinline__ void store_output(Product& y, const Piece& piece, int c) {
+    const Slice to(p_.y, piece, head(), first(), columns_);
+    const Slice z_slice(p_.z ? p_.z : p_.y, piece, head(), first(), columns_);
+    const int lane = ptx::lane();
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int t = 16 * warp_ + lane / 4 + 8 * i, column = c + 8 * h + lane % 4 * 2;
+        const int t = 16 * tile_row() + lane / 4 + 8 * i, column = c + 8 * h + lane % 4 * 2;
         if (t >= piece.rows || column >= columns_) continue;
         float a = y.d[h][2 * i], b = y.d[h][2 * i + 1];
         if (p_.D) {
@@ -323,8 +335,8 @@ class TensorWalk {
   __device__ __forceinline__ void weigh(int rows) {
     Decays<float>& d = own_tiles_.decays;
     const unsigned packs = unsigned(round_up(columns_, 16) / 8);
-#pragma unroll 2
-    for (unsigned k = unsigned(thread_); k < unsigned(rows) * packs; k += kHeadThreads) {
+#pragma unroll 1
+    for (unsigned k = unsigned(thread()); k < unsigned(rows) * packs; k += kHeadThreads) {
       const int t = int(k / packs), i = int(k % packs) * 8;
       const float weight = p_.backward ? d.row[t] : d.column[t] * d.weight[t];
       uint4& pack = own_tiles_.value.pack(t, i);
@@ -351,8 +363,9 @@ class TensorWalk {
       Left key[kDown];
 #pragma unroll
       for (int i = 0; i < kDown; ++i) {
-        const int n = 16 * (warp_ + 4 * i);
-        if (n < N_) key[i] = left_of_transposed(tiles_.key.at(t, n), Tile<kSteps, kN>::kPitch);
+        const int n = 16 * (warp_ + kHeadWarps * i);
+        if (n < states())
+          key[i] = left_of_transposed(tiles_.key.at(t, n), Tile<kSteps, kN>::kPitch);
       }
 #pragma unroll
       for (int j = 0; j < kAcross; ++j) {
@@ -360,7 +373,7 @@ class TensorWalk {
         const Right value = right_of(own_tiles_.value.at(t, 16 * j), Tile<kSteps, kP>::kPitch);
 #pragma unroll
         for (int i = 0; i < kDown; ++i) {
-          if (16 * (warp_ + 4 * i) < N_) multiply(S_[i][j], key[i], value);
+          if (16 * (warp_ + kHeadWarps * i) < states()) multiply(S_[i][j], key[i], value);
         }
       }
     }
@@ -370,22 +383,23 @@ class TensorWalk {
   const WalkTask& task_;
   WalkTiles<kN, kP>& tiles_;
   HeadTiles<kN, kP>& own_tiles_;
-  int thread_, warp_;  // of the head
-  int N_, columns_;
-  int64_t head_, first_;
-  Head<float> own_;
+  int warp_;  // of the head
+  int columns_;
   float factor_ =
       1;  // of the state before the part, in the one after it; -1: a sequence starts within
   Product S_[kDown][kAcross];
 };
 
 template <int kN, int kP>
-__global__ __launch_bounds__(kHeadThreads * kMostHeads, 1) void tensor_walk_kernel(const WalkParams p, int64_t heads,
+__global__ __launch_bounds__(kHeadThreads* kMostHeads,
+                             1) void tensor_walk_kernel(const WalkParams p, int64_t heads,
                                                         int64_t tasks) {
+  WalkPlace& place = dynamic_shared<WalkTiles<kN, kP>>()->place;
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
-    const WalkTask task = walk_task(p, i, (p.headdim + kP - 1) / kP, heads);
-    TensorWalk<kN, kP>(p, task).run();
     __syncthreads();  // the task before is done with
+    if (threadIdx.x == 0) place.task = walk_task(p, i, (p.headdim + kP - 1) / kP, heads);
+    __syncthreads();  // the task is known
+    TensorWalk<kN, kP>(p, place.task).run();
   }
 }
 

@@ -63,20 +63,32 @@ __device__ __forceinline__ void walk_piece(const WalkParams& p, const Cell& cell
   if (slot >= 0) body.leave(slot);
 }
 
-// Walks the cells of a task, by all threads of the block.
+// Where a block is: in shared memory rather than in every thread's registers.
+struct WalkPlace {
+  WalkTask task;
+  Cell cell;
+  Piece piece;
+  Marks marks;
+};
+
+// Walks the cells of the task at `place`, by all threads of the block.
 template <class Body>
-__device__ __forceinline__ void walk_cells(const WalkParams& p, const WalkTask& task, Marks& marks,
-                                           Body& body) {
-  for (int64_t j = task.begin; j < task.end; ++j) {
-    const Cell cell = cell_at(p, walked_cell(p, j));
+__device__ __forceinline__ void walk_cells(const WalkParams& p, WalkPlace& place, Body& body) {
+  for (int64_t j = place.task.begin; j < place.task.end; ++j) {
     __syncthreads();  // the cell before is done with
-    load_marks(p, task.b, cell, marks);
-    __syncthreads();  // the marks are in place
-    const Pieces pieces(p, task.b, cell, marks);
-    for (int row = p.backward ? cell.rows : 0; p.backward ? row > 0 : row < cell.rows;) {
-      const Piece piece = p.backward ? pieces.until(row) : pieces.from(row);
-      walk_piece(p, cell, piece, body);
-      row = p.backward ? piece.row : piece.row + piece.rows;
+    if (threadIdx.x == 0) place.cell = cell_at(p, walked_cell(p, j));
+    __syncthreads();  // the cell is known
+    load_marks(p, place.task.b, place.cell, place.marks);
+    const int rows = place.cell.rows;
+    for (int row = p.backward ? rows : 0; p.backward ? row > 0 : row < rows;) {
+      __syncthreads();  // the marks are in place, the piece before is done with
+      if (threadIdx.x == 0) {
+        const Pieces pieces(p, place.task.b, place.cell, place.marks);
+        place.piece = p.backward ? pieces.until(row) : pieces.from(row);
+      }
+      __syncthreads();  // the piece is known
+      walk_piece(p, place.cell, place.piece, body);
+      row = p.backward ? place.piece.row : place.piece.row + place.piece.rows;
     }
   }
 }

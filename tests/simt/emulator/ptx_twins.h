@@ -6,6 +6,8 @@
 
 namespace statescan::ptx {
 
+inline int lane() { return int(simt::here->lane); }
+
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline float ex2(float x) { return flush(std::exp2(flush(x))); }
 inline float rcp(float x) { return flush(1.0f / flush(x)); }

@@ -1,0 +1,624 @@
+// The gradients of the SSD scan within each cell, on tensor cores: x, B and C of bfloat16, sums in
+// float. docs/ssd_scan.md has the formulas and names.
+//
+// Block: one cell and some heads of a group, one after the other. A warp has 16 rows of dB and dC and
+// 64 of their columns in registers for all of the heads, and one or two blocks of 16 x 16 of dG. Per
+// head, for 64 columns of headdim at a time:
+//
+//   V = dy x^T,  GL = G L,  dG += V L w          x, dy, S staged
+//   dC += row (dy S^T),  y and dz if gated       dS staged over S
+//   dB += column w (x dS^T),  dx = w (column B dS + GL^T dy) + D dy,  decays
+//   after the heads: dC += dG B,  dB += dG^T C
+//
+// Grid over (batch, cell, group, task of the group). Shared memory: see GradientTiles.
+#include "common/launch.h"
+#include "ssd_scan/kinds.h"
+#include "ssd_scan/tensor.cuh"
+
+namespace statescan::ssd_scan::cuda {
+namespace {
+
+constexpr int kBelow = 10;      // blocks of 16 x 16 on and below the diagonal
+constexpr int kColumns = 64;    // of headdim, at a time
+constexpr int kMostGroups = 4;  // of 64 states
+constexpr int kPitch = Tile<kSteps, kColumns>::kPitch, kAcross = kSteps + 1;
+
+template <int kN>
+struct GradientTiles {
+  Tile<kSteps, kN> B, C;
+  Tile<kSteps, kColumns> x, g, GL;                 // g: dy before the gate; GL at last dG
+  Tile<kN, kColumns> state;                        // S before the piece, then dS after it
+  alignas(16) SharedArray<float4, kBelow * 64> G;  // [block][half][lane], as the lanes hold it
+  SharedArray<float, kSteps * kAcross> share;      // V GL, then its row sums
+  Decays<float> decays;
+  DecaySums<float> sums;
+  SharedArray<float, kMostGroups * kSteps> from_output, into_state;  // [64 states][step], to add up
+  SharedArray<float, 16> held;                                       // of a warp
+  SharedArray<float, kColumns> skip;
+  Marks marks;
+  Cell cell;
+  Piece piece;
+};
+
+template <int kN>
+class TensorGradients {
+ public:
+  static constexpr int kGroups = kN / 64, kWarps = 4 * kGroups, kThreads = 32 * kWarps;
+
+  __device__ __forceinline__ TensorGradients(const GradientParams& p, int64_t task)
+      : p_(p), tiles_(*dynamic_shared<GradientTiles<kN>>()), warp_(int(threadIdx.x) / 32) {
+    part_ = int(task % p.tasks_per_group()), task /= p.tasks_per_group();
+    group_ = int(task % p.groups), task /= p.groups;
+    b_ = task / p.cells();
+    if (threadIdx.x == 0) tiles_.cell = cell_at(p, task % p.cells());
+    __syncthreads();  // the cell is known
+  }
+
+  __device__ __forceinline__ void run() {
+    load_marks(p_, b_, tiles_.cell, tiles_.marks);
+    clear_sums();
+    for (int row = 0; row < tiles_.cell.rows;) {
+      __syncthreads();  // the marks are in place, the piece before is done with
+      if (threadIdx.x == 0) tiles_.piece = Pieces(p_, b_, tiles_.cell, tiles_.marks).from(row);
+      __syncthreads();  // the piece is known
+      tiles_.piece.padding ? run_padding(tiles_.piece) : run_piece(tiles_.piece);
+      row = tiles_.piece.row + tiles_.piece.rows;
+    }
+  }
+
+ private:
+  static constexpr int kOwn = (kBelow + kWarps - 1) / kWarps;  // blocks of dG of a warp
+  static constexpr int kProducts = 4 / kGroups;                // of 16 columns of dx or y of a warp
+
+  __device__ __forceinline__ int64_t first_head() const {
+    return group_ * p_.group_heads() + part_ * p_.heads_per_task;
+  }
+  __device__ __forceinline__ int64_t end_head() const {
+    const int64_t end = first_head() + p_.heads_per_task;
+    const int64_t group_end = (group_ + 1) * p_.group_heads();
+    return end < group_end ? end : group_end;
+  }
+  __device__ __forceinline__ int shift() const { return p_.shift_output ? 1 : 0; }
+  __device__ __forceinline__ int states() const { return int(p_.state); }
+  __device__ __forceinline__ int tile_row() const { return warp_ % 4; }
+  __device__ __forceinline__ int state_group() const { return warp_ / 4; }  // 64 of the states
+  __device__ __forceinline__ int columns_of(int first) const {
+    return int(p_.headdim - first < kColumns ? p_.headdim - first : kColumns);
+  }
+
+  // Of (batch, cell, head).
+  __device__ __forceinline__ int64_t sum_row(int64_t head) const {
+    return (b_ * p_.cells() + tiles_.cell.index) * p_.heads + head;
+  }
+  __device__ __forceinline__ int64_t skip_size() const { return p_.wide_D ? p_.headdim : 1; }
+  __device__ __forceinline__ float& skip_sum(int64_t head, int64_t i) const {
+    return static_cast<float*>(p_.dD)[sum_row(head) * skip_size() + i];
+  }
+  __device__ __forceinline__ void clear_sums() {
+    for (int64_t h = first_head(); h < end_head(); ++h) {
+      if (threadIdx.x == 0) {
+        static_cast<float*>(p_.dA)[sum_row(h)] = 0;
+        static_cast<float*>(p_.ddt_bias)[sum_row(h)] = 0;
+      }
+      for (int64_t i = threadIdx.x; i < skip_size(); i += kThreads) skip_sum(h, i) = 0;
+    }
+  }
+
+  // (batch, seqlen, group, state) of the block's part of dB or dC.
+  __device__ __forceinline__ Slice projection(const View<5>& x, const Piece& piece) const {
+    View<4> v{static_cast<char*>(x.data) + part_ * x.stride[0] * element_bytes(x.dtype),
+              x.dtype,
+              {x.stride[1], x.stride[2], x.stride[3], x.stride[4]}};
+    return Slice(v, piece, group_, 0, states());
+  }
+
+  __device__ __forceinline__ void clear_rows(const Slice& x, int first, int rows) {
+    const unsigned pairs = unsigned(x.columns + 1) / 2;
+    for (unsigned k = threadIdx.x; k < unsigned(rows) * pairs; k += kThreads) {
+      store_pair(x, first + int(k / pairs), int(k % pairs) * 2, 0, 0);
+    }
+  }
+
+  __device__ __forceinline__ void run_padding(const Piece& piece) {
+    for (int64_t h = first_head(); h < end_head(); ++h) {
+      clear_rows(Slice(p_.dx, piece, h, 0, int(p_.headdim)), 0, piece.rows);
+      if (p_.z) clear_rows(Slice(p_.dz, piece, h, 0, int(p_.headdim)), 0, piece.rows);
+      for (int t = int(threadIdx.x); t < piece.rows; t += kThreads) {
+        store_element(
+            p_.ddt.data, p_.ddt.dtype,
+            b_ * p_.ddt.stride[0] + piece.time(t) * p_.ddt.stride[1] + h * p_.ddt.stride[2], 0.0f);
+      }
+    }
+    clear_rows(projection(p_.dB, piece), 0, piece.rows);
+    clear_rows(projection(p_.dC, piece), 0, piece.rows);
+  }
+
+  // Calls f(block, t, s, dG) for the blocks of the warp, t and s in 16 steps.
+  template <class F>
+  __device__ __forceinline__ void for_blocks(F&& f) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const int block = warp_ + kWarps * i;
+      const int t = block >= 6 ? 3 : block >= 3 ? 2 : block >= 1, s = block - t * (t + 1) / 2;
+      if (block < kBelow && 16 * t < tiles_.piece.rows) f(block, t, s, dG_[i]);
+    }
+  }
+
+  __device__ __forceinline__ void run_piece(const Piece& piece) {
+    load_tile(Slice(p_.B, piece, group_, 0, states()), piece, 0, tiles_.B, int(threadIdx.x),
+              kThreads);
+    load_tile(Slice(p_.C, piece, group_, 0, states()), piece, shift(), tiles_.C, int(threadIdx.x),
+              kThreads);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) dB_[j] = dC_[j] = Product{};
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) dG_[i] = Product{};
+    __syncthreads();  // B and C are in place
+    for_blocks([&](int block, int t, int s, Product&) {
+      Product G;
+#pragma unroll 1
+      for (int k = 0; k < states(); k += 16) {
+        multiply(G, left_of(tiles_.C.at(16 * t, k), Tile<kSteps, kN>::kPitch),
+                 right_of_transposed(tiles_.B.at(16 * s, k), Tile<kSteps, kN>::kPitch));
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {  // read by the same lane
+        tiles_.G[(2 * block + h) * 32 + ptx::lane()] = {G.d[h][0], G.d[h][1], G.d[h][2], G.d[h][3]};
+      }
+    });
+#pragma unroll 1
+    for (int64_t h = first_head(); h < end_head(); ++h) run_head(piece, h);
+    finish_group(piece);
+  }
+
+  __device__ __forceinline__ void stage(const Piece& piece, int64_t h, int first) {
+    const int columns = columns_of(first);
+    load_tile(Slice(p_.x, piece, h, first, columns), piece, 0, tiles_.x, int(threadIdx.x),
+              kThreads);
+    load_ungated(p_, piece, h, first, columns, tiles_.g, int(threadIdx.x), kThreads);
+  }
+
+  __device__ __forceinline__ void run_head(const Piece& piece, int64_t h) {
+    __syncthreads();  // the head before is done with
+    if (warp_ == 0) find_decays(p_, piece, h, Head<float>(p_, h), tiles_.decays);
+    Product V[kOwn];
+#pragma unroll 1
+    for (int first = 0; first < p_.headdim; first += kColumns) {
+      if (first > 0) __syncthreads();  // the columns before have been read
+      stage(piece, h, first);
+      __syncthreads();  // operands and decays are in place
+      for_blocks([&](int block, int t, int s, Product&) {
+        Product& sum = V[block / kWarps];
+#pragma unroll 1
+        for (int k = 0; k < columns_of(first); k += 16) {
+          multiply(sum, left_of(tiles_.g.at(16 * t, k), kPitch),
+                   right_of_transposed(tiles_.x.at(16 * s, k), kPitch));
+        }
+      });
+    }
+    for_blocks(
+        [&](int block, int t, int s, Product& dG) { score(block, t, s, V[block / kWarps], dG); });
+    from_output_[0] = from_output_[1] = into_state_[0] = into_state_[1] = held_ = 0;
+#pragma unroll 1
+    for (int first = 0; first < p_.headdim; first += kColumns) {
+      const int columns = columns_of(first);
+      if (p_.headdim > kColumns) {
+        __syncthreads();  // the columns before have been read
+        stage(piece, h, first);
+      }
+      load_state<false>(p_.cell_states, piece.entry && !piece.first, p_.initial_state, piece.from,
+                        h, first, columns);
+      __syncthreads();  // S, GL and V GL are in place
+      project(tiles_.g, columns, tiles_.C, tiles_.decays.row, nullptr, dC_, from_output_);
+      if (p_.z) gate_gradient(piece, h, first, columns);
+      if (first == 0) add_columns(piece.rows);
+      __syncthreads();  // S has been read
+      load_state<true>(p_.dcell_states, piece.exit && !piece.last, p_.dlast_state, piece.to, h,
+                       first, columns);
+      if (first == 0) add_rows(piece.rows);
+      __syncthreads();  // dS and the row sums are in place
+      project(tiles_.x, columns, tiles_.B, tiles_.decays.column, &tiles_.decays.weight, dB_,
+              into_state_);
+      input_gradient(piece, h, first, columns);
+      if (first == 0) add_crossing(piece.rows);
+      if (p_.D) skip_gradient(piece, h, first, columns);
+    }
+    gather();
+    __syncthreads();  // all sums are in place
+    if (warp_ == 0) finish_head(piece, h);
+  }
+
+  // The lanes' sums for steps become sums for each group of states.
+  __device__ __forceinline__ void gather() {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float output = from_output_[i], into = into_state_[i];
+      for (int by = 1; by < 4; by *= 2) {
+        output += __shfl_xor_sync(kAllLanes, output, by);
+        into += __shfl_xor_sync(kAllLanes, into, by);
+      }
+      const int at = state_group() * kSteps + 16 * tile_row() + ptx::lane() / 4 + 8 * i;
+      if (ptx::lane() % 4 == 0) tiles_.from_output[at] = output, tiles_.into_state[at] = into;
+    }
+    held_ = warp_sum(held_);
+    if (ptx::lane() == 0) tiles_.held[warp_] = held_;
+  }
+
+  __device__ __forceinline__ void finish_head(const Piece& piece, int64_t h) {
+    for (int i = ptx::lane(); i < kSteps; i += 32) {
+      float output = 0, into = 0;
+      for (int k = 0; k < kGroups; ++k) {
+        output += tiles_.from_output[k * kSteps + i], into += tiles_.into_state[k * kSteps + i];
+      }
+      tiles_.sums.from_output[i] = output, tiles_.sums.into_state[i] = into;
+    }
+    __syncwarp();  // they are in place
+    float held = 0;
+    for (int i = 0; i < kWarps; ++i) held += tiles_.held[i];
+    const Sums<float> sums =
+        decay_gradient(p_, piece, h, Head<float>(p_, h).A, held * tiles_.decays.whole,
+                       tiles_.decays, tiles_.sums, p_.ddt);
+    if (ptx::lane() > 0) return;
+    static_cast<float*>(p_.dA)[sum_row(h)] += sums.dA;
+    static_cast<float*>(p_.ddt_bias)[sum_row(h)] += sums.ddt_bias;
+  }
+
+  // GL, dG and V GL of a block.
+  __device__ __forceinline__ void score(int block, int t0, int s0, const Product& V, Product& dG) {
+    Decays<float>& d = tiles_.decays;
+    const int lane = ptx::lane();
+    Product GL;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float4 row = tiles_.G[(2 * block + h) * 32 + lane];
+      const float G[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int t = 16 * t0 + lane / 4 + i / 2 * 8, s = 16 * s0 + 8 * h + lane % 4 * 2 + i % 2;
+        const float L = s + shift() <= t ? d.between(t, s, shift()) : 0.0f;
+        GL.d[h][i] = G[i] * L;
+        dG.d[h][i] += V.d[h][i] * L * d.weight[s];
+        tiles_.share[t * kAcross + s] = V.d[h][i] * GL.d[h][i];
+      }
+    }
+    store_rounded(GL, tiles_.GL.at(16 * t0, 16 * s0), kPitch);
+  }
+
+  // S before the piece, or dS after it in its place: what a walk saved, or where the sequence begins or
+  // ends. With kGradient, adds <S, dS> to held.
+  template <bool kGradient>
+  __device__ __forceinline__ void load_state(const void* saved, bool is_saved, const View<4>& given,
+                                             int64_t slot, int64_t h, int first, int columns) {
+    const BFloat16* row =
+        static_cast<const BFloat16*>(saved) + sum_row(h) * p_.state * p_.headdim + first;
+    const bool packed = p_.headdim % 8 == 0;
+    const unsigned packs = unsigned(round_up(columns, 16) / 8);
+#pragma unroll 1
+    for (unsigned k = threadIdx.x; k < unsigned(round_up(states(), 16)) * packs; k += kThreads) {
+      const int n = int(k / packs), i = int(k % packs) * 8;
+      uint4 v{};
+      if (is_saved && packed && n < states() && i < columns) {
+        v = *reinterpret_cast<const uint4*>(row + n * p_.headdim + i);
+      } else if (n < states() && (is_saved || (given && slot >= 0))) {
+        float x[8] = {};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (i + j >= columns) continue;
+          x[j] = is_saved
+                     ? to_number(row[n * p_.headdim + i + j])
+                     : static_cast<const float*>(
+                           given.data)[slot * given.stride[0] + h * given.stride[1] +
+                                       (first + i + j) * given.stride[2] + n * given.stride[3]];
+        }
+        v = Pack<BFloat16, 8>::of(x).bits;
+      }
+      uint4& pack = tiles_.state.pack(n, i);
+      if (kGradient) {
+        float x[8], y[8];
+        Pack<BFloat16, 8>{pack}.unpack(x), Pack<BFloat16, 8>{v}.unpack(y);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) held_ += x[j] * y[j];
+      }
+      pack = v;
+    }
+  }
+
+  // With Q[t, n] = scale[t] <vectors[t], state[n]>: sums[t, n] += weight[t] Q[t, n] and products[t] +=
+  // sum over n of partner[t, n] Q[t, n], for the warp's steps and states.
+  template <class Vectors, class Partner>
+  __device__ __forceinline__ void project(Vectors& vectors, int columns, Partner& partner,
+                                          SharedArray<float, kTile>& scale,
+                                          SharedArray<float, kTile>* weight, Product (&sums)[4],
+                                          float (&products)[2]) {
+    if (16 * tile_row() >= tiles_.piece.rows) return;
+    const int lane = ptx::lane(), t = 16 * tile_row() + lane / 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int n = 64 * state_group() + 16 * j;
+      if (n >= states()) continue;
+      Product Q;
+#pragma unroll 1
+      for (int k = 0; k < columns; k += 16) {
+        multiply(Q, left_of(vectors.at(16 * tile_row(), k), kPitch),
+                 right_of_transposed(tiles_.state.at(n, k), kPitch));
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float by = scale[t + 8 * i], shared = weight ? by * (*weight)[t + 8 * i] : by;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t pair =
+              *reinterpret_cast<uint32_t*>(partner.at(t + 8 * i, n + 8 * h + lane % 4 * 2));
+          const float a = Q.d[h][2 * i], b = Q.d[h][2 * i + 1];
+          sums[j].d[h][2 * i] += shared * a, sums[j].d[h][2 * i + 1] += shared * b;
+          products[i] +=
+              by * (bits_to_float(pair << 16) * a + bits_to_float(pair & 0xffff0000u) * b);
+        }
+      }
+    }
+  }
+
+  // Calls f(product, its first column) for the warp's columns of dx or y.
+  template <class F>
+  __device__ __forceinline__ void for_products(Product (&x)[kProducts], int columns, F&& f) {
+#pragma unroll
+    for (int j = 0; j < kProducts; ++j) {
+      const int c = 16 * (kProducts * state_group() + j);
+      if (c < columns) f(x[j], c);
+    }
+  }
+
+  // scale[t] times the warp's 16 rows of a projection times the state.
+  template <class Projection>
+  __device__ __forceinline__ void through_state(Projection& rows, int columns,
+                                                SharedArray<float, kTile>& scale,
+                                                Product (&x)[kProducts]) {
+#pragma unroll 1
+    for (int k = 0; k < states(); k += 16) {
+      const Left left = left_of(rows.at(16 * tile_row(), k), Tile<kSteps, kN>::kPitch);
+      for_products(x, columns, [&](Product& y, int c) {
+        multiply(y, left, right_of(tiles_.state.at(k, c), kPitch));
+      });
+    }
+    for_products(x, columns, [&](Product& y, int) {
+      y.for_each([&](int row, int, float& v) { v *= scale[16 * tile_row() + row]; });
+    });
+  }
+
+  // Calls f(step, column, a, b) for pairs of neighbours of a warp's result that are there.
+  template <class F>
+  __device__ __forceinline__ void for_pairs(Product (&x)[kProducts], int columns, F&& f) {
+    for_products(x, columns, [&](Product& y, int c) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int t = 16 * tile_row() + ptx::lane() / 4 + 8 * i;
+          const int column = c + 8 * h + ptx::lane() % 4 * 2;
+          if (t < tiles_.piece.rows && column < columns) {
+            f(t, column, y.d[h][2 * i], y.d[h][2 * i + 1]);
+          }
+        }
+      }
+    });
+  }
+
+  __device__ __forceinline__ float skip_weight(int64_t h, int first, int column,
+                                               int columns) const {
+    if (column >= columns) return 0;
+    return load_element<float>(p_.D.data, p_.D.dtype,
+                               h * p_.D.stride[0] + (first + column) * p_.D.stride[1]);
+  }
+  // Adds D times a pair of a tile.
+  template <class Tile>
+  __device__ __forceinline__ void add_skip(Tile& tile, int64_t h, int first, int t, int column,
+                                           int columns, float& a, float& b) const {
+    if (!p_.D) return;
+    const uint32_t pair = *reinterpret_cast<uint32_t*>(tile.at(t, column));
+    a += skip_weight(h, first, column, columns) * bits_to_float(pair << 16);
+    b += skip_weight(h, first, column + 1, columns) * bits_to_float(pair & 0xffff0000u);
+  }
+
+  // y once more, for dz.
+  __device__ __forceinline__ void gate_gradient(const Piece& piece, int64_t h, int first,
+                                                int columns) {
+    if (16 * tile_row() >= piece.rows) return;
+    Product y[kProducts];
+    through_state(tiles_.C, columns, tiles_.decays.row, y);
+#pragma unroll 1
+    for (int s = 0; s <= tile_row(); ++s) {
+      const Left M = weighted(left_of(tiles_.GL.at(16 * tile_row(), 16 * s), kPitch), 16 * s);
+      for_products(y, columns, [&](Product& sum, int c) {
+        multiply(sum, M, right_of(tiles_.x.at(16 * s, c), kPitch));
+      });
+    }
+    const Slice dy(p_.dy ? p_.dy : p_.x, piece, h, first, columns);
+    const Slice z(p_.z, piece, h, first, columns), dz(p_.dz, piece, h, first, columns);
+    for_pairs(y, columns, [&](int t, int column, float a, float b) {
+      add_skip(tiles_.x, h, first, t, column, columns, a, b);
+      float out[2] = {}, gate[2];
+      if (p_.dy) load_pair(dy, t, column, out[0], out[1]);
+      load_pair(z, t, column, gate[0], gate[1]);
+      store_pair(dz, t, column, out[0] * silu_slope(gate[0], sigmoid(gate[0])) * a,
+                 out[1] * silu_slope(gate[1], sigmoid(gate[1])) * b);
+    });
+  }
+
+  // Columns times the weights of steps from s on.
+  __device__ __forceinline__ Left weighted(Left x, int s) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = s + ptx::lane() % 4 * 2 + i / 2 * 8;
+      x.a[i] = ptx::pack_bf16(bits_to_float(x.a[i] << 16) * tiles_.decays.weight[at],
+                              bits_to_float(x.a[i] & 0xffff0000u) * tiles_.decays.weight[at + 1]);
+    }
+    return x;
+  }
+
+  __device__ __forceinline__ void input_gradient(const Piece& piece, int64_t h, int first,
+                                                 int columns) {
+    if (16 * tile_row() >= piece.rows) return;
+    Product dx[kProducts];
+    through_state(tiles_.B, columns, tiles_.decays.column, dx);
+#pragma unroll 1
+    for (int t = 16 * tile_row(); t < piece.rows; t += 16) {
+      const Left GL = left_of_transposed(tiles_.GL.at(t, 16 * tile_row()), kPitch);
+      for_products(dx, columns, [&](Product& sum, int c) {
+        multiply(sum, GL, right_of(tiles_.g.at(t, c), kPitch));
+      });
+    }
+    const Slice to(p_.dx, piece, h, first, columns);
+    for_pairs(dx, columns, [&](int s, int column, float a, float b) {
+      a *= tiles_.decays.weight[s], b *= tiles_.decays.weight[s];
+      add_skip(tiles_.g, h, first, s, column, columns, a, b);
+      store_pair(to, s, column, a, b);
+    });
+  }
+
+  // Four neighbouring threads share a step, each with 16 of the others.
+  template <class F>
+  __device__ __forceinline__ void for_steps(int rows, F&& f) {
+    if (threadIdx.x >= 4 * kSteps) return;
+    f(int(threadIdx.x) / 4, int(threadIdx.x) % 4 * 16);
+  }
+  __device__ __forceinline__ float quad_sum(float x) const {
+    x += __shfl_xor_sync(kAllLanes, x, 1);
+    return x + __shfl_xor_sync(kAllLanes, x, 2);
+  }
+  // V GL summed over the steps t of column s, from a first one on.
+  __device__ __forceinline__ float column_sum(int s, int begin, int first, int rows) {
+    float sum = 0;
+    for (int t = begin; t < begin + 16; ++t) {
+      if (t >= first && t < rows) sum += tiles_.share[t * kAcross + s];
+    }
+    return quad_sum(sum);
+  }
+
+  // What the weights get through the outputs of the piece.
+  __device__ __forceinline__ void add_columns(int rows) {
+    for_steps(rows, [&](int s, int begin) {
+      const float sum = column_sum(s, begin, s, rows);
+      if (begin == 0) tiles_.sums.d_weight[s] = sum;
+    });
+  }
+  // Row sums of V GL w that grow from column to column.
+  __device__ __forceinline__ void add_rows(int rows) {
+    for_steps(rows, [&](int t, int begin) {
+      float sum = 0;
+      for (int s = begin; s < begin + 16; ++s) {
+        if (s <= t && t < rows) {
+          float& share = tiles_.share[t * kAcross + s];
+          share = sum += share * tiles_.decays.weight[s];
+        }
+      }
+      float before = 0;
+      for (int q = 0; q < 3; ++q) {
+        const float other = __shfl_sync(kAllLanes, sum, ptx::lane() / 4 * 4 + q);
+        if (q < begin / 16) before += other;
+      }
+      for (int s = begin; s < begin + 16; ++s) {
+        if (s <= t && t < rows) tiles_.share[t * kAcross + s] += before;
+      }
+    });
+  }
+  // What goes from each step and those before to outputs after it.
+  __device__ __forceinline__ void add_crossing(int rows) {
+    for_steps(rows, [&](int s, int begin) {
+      const float sum = column_sum(s, begin, s + 1 + shift(), rows);
+      if (begin == 0) tiles_.sums.through[s] = sum;
+    });
+  }
+
+  __device__ __forceinline__ void skip_gradient(const Piece& piece, int64_t h, int first,
+                                                int columns) {
+    for_steps(piece.rows, [&](int i, int begin) {
+      float sum = 0;
+      for (int t = begin; i < columns && t < begin + 16 && t < piece.rows; ++t) {
+        sum += to_number(*tiles_.g.at(t, i)) * to_number(*tiles_.x.at(t, i));
+      }
+      sum = quad_sum(sum);
+      if (begin > 0) return;
+      if (!p_.wide_D) {
+        tiles_.skip[i] = sum;
+      } else if (i < columns) {
+        skip_sum(h, first + i) += sum;
+      }
+    });
+    if (p_.wide_D) return;
+    __syncthreads();  // the columns' sums are in place
+    if (warp_ > 0) return;
+    const float sum = warp_sum(tiles_.skip[ptx::lane()] + tiles_.skip[ptx::lane() + 32]);
+    if (ptx::lane() == 0) skip_sum(h, 0) += sum;
+  }
+
+  // dB and dC through G, of which all the heads have their share in dG by now.
+  __device__ __forceinline__ void finish_group(const Piece& piece) {
+    __syncthreads();  // GL has been read
+    for_blocks([&](int, int t, int s, Product& dG) {
+      store_rounded(dG, tiles_.GL.at(16 * t, 16 * s), kPitch);
+    });
+    __syncthreads();  // dG is in place
+    const Slice dB(projection(p_.dB, piece)), dC(projection(p_.dC, piece));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int n = 64 * state_group() + 16 * j;
+      if (n >= states() || 16 * tile_row() >= piece.rows) continue;
+#pragma unroll 1
+      for (int s = 0; s <= tile_row(); ++s) {
+        multiply(dC_[j], left_of(tiles_.GL.at(16 * tile_row(), 16 * s), kPitch),
+                 right_of(tiles_.B.at(16 * s, n), Tile<kSteps, kN>::kPitch));
+      }
+#pragma unroll 1
+      for (int t = 16 * tile_row(); t < piece.rows; t += 16) {
+        multiply(dB_[j], left_of_transposed(tiles_.GL.at(t, 16 * tile_row()), kPitch),
+                 right_of(tiles_.C.at(t, n), Tile<kSteps, kN>::kPitch));
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int t = 16 * tile_row() + ptx::lane() / 4 + 8 * i;
+          const int at = n + 8 * h + ptx::lane() % 4 * 2;
+          if (t >= piece.rows) continue;
+          store_pair(dB, t, at, dB_[j].d[h][2 * i], dB_[j].d[h][2 * i + 1]);
+          if (t < shift() && piece.first) continue;
+          store_pair(dC, t - shift(), at, dC_[j].d[h][2 * i], dC_[j].d[h][2 * i + 1]);
+        }
+      }
+    }
+    // No output reads the last C.
+    if (shift() == 1 && piece.last) clear_rows(dC, piece.rows - 1, 1);
+  }
+
+  const GradientParams& p_;
+  GradientTiles<kN>& tiles_;
+  int warp_, part_, group_;
+  int64_t b_;
+  float from_output_[2], into_state_[2], held_;  // of the head
+  Product dB_[4], dC_[4], dG_[kOwn];
+};
+
+template <int kN>
+__global__ __launch_bounds__(TensorGradients<kN>::kThreads,
+                             1) void tensor_gradients_kernel(const GradientParams p,
+                                                             int64_t tasks) {
+  for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
+    __syncthreads();  // the task before is done with
+    TensorGradients<kN>(p, i).run();
+  }
+}
+
+template <int kN>
+void run(const GradientParams& p, cudaStream_t stream) {
+  const int64_t tasks = p.batch * p.cells() * p.groups * p.tasks_per_group();
+  launch("ssd_scan gradients", tensor_gradients_kernel<kN>, blocks_for(tasks, 1),
+         TensorGradients<kN>::kThreads, sizeof(GradientTiles<kN>), stream, p, tasks);
+}
+
+}  // namespace
+
+void tensor_gradients(const GradientParams& p, cudaStream_t stream) {
+  p.state <= 128 ? run<128>(p, stream) : run<256>(p, stream);
+}
+
+}  // namespace statescan::ssd_scan::cuda
