@@ -217,7 +217,8 @@ BwdResult ssd_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dfinal_st
   walk(x, back, stream, call);
   finish_states();
 
-  if (h0) p.initial_state = ssd_slot_view("initial_states", *h0);
+  const OptionalTensor initial = in_compute("initial_states", h0, p, p.slots(), stream);
+  if (initial) p.initial_state = ssd_slot_view("initial_states", *initial);
   p.dlast_state = back.enter;
   p.cell_states = cell_states.data_ptr(), p.dcell_states = dcells.data_ptr();
   p.heads_per_task = cuda::heads_of_task(p);

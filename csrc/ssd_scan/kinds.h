@@ -9,6 +9,7 @@ Room plain_walk_room(const WalkParams& p);
 Room plain_gradient_room(const GradientParams& p);
 void plain_walk(const WalkParams& p, cudaStream_t stream);
 void tensor_walk(const WalkParams& p, cudaStream_t stream);
+void tensor_gradients(const GradientParams& p, cudaStream_t stream);
 void plain_gradients(const GradientParams& p, cudaStream_t stream);
 
 }  // namespace statescan::ssd_scan::cuda

@@ -52,7 +52,9 @@ int64_t part(int64_t whole, int64_t by) { return (whole + by - 1) / by; }
 }  // namespace
 
 Room walk_room(const WalkParams& p) { return p.bfloat16 ? Room{0, 0, true} : plain_walk_room(p); }
-Room gradient_room(const GradientParams& p) { return plain_gradient_room(p); }
+Room gradient_room(const GradientParams& p) {
+  return p.bfloat16 ? Room{0, 0, true} : plain_gradient_room(p);
+}
 
 // Two blocks to each of 132 multiprocessors keep them busy. Fewer: sequences are cut into parts of at
 // least 4 cells. It costs a second update of the states.
@@ -74,6 +76,8 @@ void walk(const WalkParams& p, cudaStream_t stream) {
   walk_once(p, stream);
 }
 
-void gradients(const GradientParams& p, cudaStream_t stream) { plain_gradients(p, stream); }
+void gradients(const GradientParams& p, cudaStream_t stream) {
+  p.bfloat16 ? tensor_gradients(p, stream) : plain_gradients(p, stream);
+}
 
 }  // namespace statescan::ssd_scan::cuda

@@ -133,14 +133,14 @@ class TensorGradients {
     clear_rows(projection(p_.dC, piece), 0, piece.rows);
   }
 
-  // Calls f(block, t, s, dG) for the blocks of the warp, t and s in 16 steps.
+  // Calls f(which of the warp's blocks, block, t, s) for them, t and s in 16 steps.
   template <class F>
   __device__ __forceinline__ void for_blocks(F&& f) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const int block = warp_ + kWarps * i;
       const int t = block >= 6 ? 3 : block >= 3 ? 2 : block >= 1, s = block - t * (t + 1) / 2;
-      if (block < kBelow && 16 * t < tiles_.piece.rows) f(block, t, s, dG_[i]);
+      if (block < kBelow && 16 * t < tiles_.piece.rows) f(i, block, t, s);
     }
   }
 
@@ -154,7 +154,7 @@ class TensorGradients {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) dG_[i] = Product{};
     __syncthreads();  // B and C are in place
-    for_blocks([&](int block, int t, int s, Product&) {
+    for_blocks([&](int, int block, int t, int s) {
       Product G;
 #pragma unroll 1
       for (int k = 0; k < states(); k += 16) {
@@ -187,8 +187,8 @@ class TensorGradients {
       if (first > 0) __syncthreads();  // the columns before have been read
       stage(piece, h, first);
       __syncthreads();  // operands and decays are in place
-      for_blocks([&](int block, int t, int s, Product&) {
-        Product& sum = V[block / kWarps];
+      for_blocks([&](int i, int, int t, int s) {
+        Product& sum = V[i];
 #pragma unroll 1
         for (int k = 0; k < columns_of(first); k += 16) {
           multiply(sum, left_of(tiles_.g.at(16 * t, k), kPitch),
@@ -196,8 +196,7 @@ class TensorGradients {
         }
       });
     }
-    for_blocks(
-        [&](int block, int t, int s, Product& dG) { score(block, t, s, V[block / kWarps], dG); });
+    for_blocks([&](int i, int block, int t, int s) { score(block, t, s, V[i], dG_[i]); });
     from_output_[0] = from_output_[1] = into_state_[0] = into_state_[1] = held_ = 0;
 #pragma unroll 1
     for (int first = 0; first < p_.headdim; first += kColumns) {
@@ -554,8 +553,8 @@ class TensorGradients {
   // dB and dC through G, of which all the heads have their share in dG by now.
   __device__ __forceinline__ void finish_group(const Piece& piece) {
     __syncthreads();  // GL has been read
-    for_blocks([&](int, int t, int s, Product& dG) {
-      store_rounded(dG, tiles_.GL.at(16 * t, 16 * s), kPitch);
+    for_blocks([&](int i, int, int t, int s) {
+      store_rounded(dG_[i], tiles_.GL.at(16 * t, 16 * s), kPitch);
     });
     __syncthreads();  // dG is in place
     const Slice dB(projection(p_.dB, piece)), dC(projection(p_.dC, piece));

@@ -25,6 +25,8 @@ def check(place, inputs, *, slack=1, **options):
     coarsest = max((x.dtype for x in inputs.values() if x is not None), key=TOLERANCE.get)
     rounds = all(inputs[name].dtype == torch.bfloat16 for name in ("x", "B", "C"))
     states = coarsest if rounds else None
+    # Factors are rounded, dy before the gate and dS among them, and these are sums of few numbers.
+    slack = max(slack, 3 if rounds else 1)
     for name, y, w in zip(("y", "states", "states"), got, want, strict=False):
         assert_close(name, y, w, coarsest if name == "y" else states, slack)
     for name, grad in grads.items():
@@ -129,9 +131,7 @@ def test_dt_limit(place, limits):
 def test_chunk_states(place, chunk, reverse, dtype):
     inputs = sample(1, seqlen=110, heads=2, dtype=dtype)
     options = {"chunk_size": chunk, "return_chunk_states": True, "reverse": reverse}
-    # Gradients of states are rounded where cells meet, which for cells of 7 steps is often.
-    slack = 2 if dtype == torch.bfloat16 and chunk == 7 else 1
-    check(place, inputs, **options, return_final_states=chunk == 50, slack=slack)
+    check(place, inputs, **options, return_final_states=chunk == 50)
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["final", "chunk"])
@@ -143,7 +143,7 @@ def test_gradient_through_states_alone(place, which, dtype):
     (_,), want = on_cpu.run(lambda **x: theirs(**x, **options)[which], in_double(inputs))
     assert grads["C"].abs().max() == 0  # the states do not depend on it
     for name, grad in grads.items():
-        assert_close("d" + name, grad, want[name], dtype)
+        assert_close("d" + name, grad, want[name], dtype, 3 if dtype == torch.bfloat16 else 1)
 
 
 @REVERSE
@@ -311,8 +311,7 @@ def test_offsets_that_make_no_sense_stay_in_bounds(place, dtype):
 def test_parts(place, reverse, dtype):
     inputs = sample(1, 12 * 8 + 3, 2, 3, 4, decay=0.1, dtype=dtype)
     options = {"chunk_size": 12, "return_chunk_states": True, "return_final_states": True}
-    slack = 3 if dtype == torch.bfloat16 else 1  # states rounded every 12 steps, weak decay
-    check(place, inputs, **options, reverse=reverse, slack=slack)
+    check(place, inputs, **options, reverse=reverse)
 
 
 @BFLOAT16
@@ -321,11 +320,10 @@ def test_parts_of_many_sequences(place, reverse, dtype):
     options = {"chunk_size": 8, "return_final_states": True, "reverse": reverse}
     lengths = (20, 45, 0, 5, 29)
     inputs = sample(1, 99, 2, 3, 4, slots=(5,), decay=0.1, dtype=dtype)
-    slack = 3 if dtype == torch.bfloat16 else 1  # as above
-    check(place, inputs, cu_seqlens=cu(*lengths), **options, slack=slack)
+    check(place, inputs, cu_seqlens=cu(*lengths), **options)
     seq_idx = torch.stack([ids((0, 20), (-1, 50), (1, 20)), ids((2, 90))])
     inputs = sample(2, 90, 2, 3, 4, decay=0.1, dtype=dtype)
-    check(place, inputs, seq_idx=seq_idx, **options, slack=slack)
+    check(place, inputs, seq_idx=seq_idx, **options)
 
 
 @BFLOAT16
