@@ -9,6 +9,7 @@
 //
 // Grid over (batch, cell, group, task of the group); blocks stride where each needs scratch of its own.
 #include "common/launch.h"
+#include "ssd_scan/gradient_task.cuh"
 #include "ssd_scan/plain.cuh"
 #include "ssd_scan/walks.cuh"
 
@@ -23,6 +24,7 @@ struct GradientShared {
   DecaySums<R> sums;
   SharedArray<R, kWarps> held;
   Marks marks;
+  GradientTask task;
 };
 
 // The block's operands in its scratch, as [row][column].
@@ -46,28 +48,23 @@ struct Tiles {
 template <class R>
 class Gradients {
  public:
-  __device__ __forceinline__ Gradients(const GradientParams& p, int64_t task, R* scratch)
+  __device__ __forceinline__ Gradients(const GradientParams& p, const GradientTask& task,
+                                       R* scratch)
       : p_(p),
+        task_(task),
+        cell_sums_{p, task},
         x_(p, scratch),
         N_(int(p.state)),
         P_(int(p.headdim)),
         shift_(p.shift_output ? 1 : 0),
-        shared_(block_shared<GradientShared<R>>()) {
-    part_ = task % p.tasks_per_group(), task /= p.tasks_per_group();
-    group_ = task % p.groups, task /= p.groups;
-    begin_ = group_ * p.group_heads() + part_ * p.heads_per_task;
-    const int64_t group_end = (group_ + 1) * p.group_heads();
-    end_ = begin_ + p.heads_per_task < group_end ? begin_ + p.heads_per_task : group_end;
-    b_ = task / p.cells();
-    cell_ = cell_at(p, task % p.cells());
-  }
+        shared_(block_shared<GradientShared<R>>()) {}
 
   __device__ __forceinline__ void run() {
-    load_marks(p_, b_, cell_, shared_.marks);
-    clear_sums();
+    load_marks(p_, task_.b, task_.cell, shared_.marks);
+    cell_sums_.clear();
     __syncthreads();  // the marks are in place
-    const Pieces pieces(p_, b_, cell_, shared_.marks);
-    for (int begin = 0; begin < cell_.rows;) {
+    const Pieces pieces(p_, task_.b, task_.cell, shared_.marks);
+    for (int begin = 0; begin < task_.cell.rows;) {
       const Piece piece = pieces.from(begin);
       piece.padding ? run_padding(piece) : run_piece(piece);
       begin = piece.row + piece.rows;
@@ -75,37 +72,13 @@ class Gradients {
   }
 
  private:
-  // Of (batch, cell, head).
-  __device__ __forceinline__ int64_t sum_row(int64_t head) const {
-    return (b_ * p_.cells() + cell_.index) * p_.heads + head;
-  }
-  __device__ __forceinline__ int64_t skip_size() const { return p_.wide_D ? p_.headdim : 1; }
-  __device__ __forceinline__ R& skip_sum(int64_t head, int64_t i) const {
-    return static_cast<R*>(p_.dD)[sum_row(head) * skip_size() + i];
-  }
-
-  // The threads that add to them later.
-  __device__ __forceinline__ void clear_sums() {
-    for (int64_t h = begin_; h < end_; ++h) {
-      if (threadIdx.x == 0) {
-        static_cast<R*>(p_.dA)[sum_row(h)] = 0;
-        static_cast<R*>(p_.ddt_bias)[sum_row(h)] = 0;
-      }
-      for (int64_t i = threadIdx.x; i < skip_size(); i += kPlainThreads) skip_sum(h, i) = 0;
-    }
-  }
-
   __device__ __forceinline__ void run_padding(const Piece& piece) {
-    for (int64_t h = begin_; h < end_; ++h) {
+    for (int64_t h = task_.begin; h < task_.end; ++h) {
       for_elements(piece.rows, P_, [&](int t, int i) {
-        store_at<R>(p_.dx, b_, piece.time(t), h, i, 0);
-        if (p_.z) store_at<R>(p_.dz, b_, piece.time(t), h, i, 0);
+        store_at<R>(p_.dx, task_.b, piece.time(t), h, i, 0);
+        if (p_.z) store_at<R>(p_.dz, task_.b, piece.time(t), h, i, 0);
       });
-      for (int t = int(threadIdx.x); t < piece.rows; t += kPlainThreads) {
-        store_element(
-            p_.ddt.data, p_.ddt.dtype,
-            b_ * p_.ddt.stride[0] + piece.time(t) * p_.ddt.stride[1] + h * p_.ddt.stride[2], R(0));
-      }
+      clear_dt(p_, piece, h);
     }
     for_elements(piece.rows, N_, [&](int t, int n) {
       store_projection(p_.dB, piece.time(t), n, R(0));
@@ -114,16 +87,13 @@ class Gradients {
   }
 
   __device__ __forceinline__ void store_projection(const View<5>& x, int64_t time, int n, R value) {
-    store_element(x.data, x.dtype,
-                  part_ * x.stride[0] + b_ * x.stride[1] + time * x.stride[2] +
-                      group_ * x.stride[3] + n * x.stride[4],
-                  value);
+    store_at<R>(part_view(x, task_.part), task_.b, time, task_.group, n, value);
   }
 
   __device__ __forceinline__ void run_piece(const Piece& piece) {
     __syncthreads();  // the piece before is done with
-    load_rows(p_.B, piece, group_, 0, N_, 0, x_.B, x_.wide);
-    load_rows(p_.C, piece, group_, 0, N_, shift_, x_.C, x_.wide);
+    load_rows(p_.B, piece, task_.group, 0, N_, 0, x_.B, x_.wide);
+    load_rows(p_.C, piece, task_.group, 0, N_, shift_, x_.C, x_.wide);
     for_elements(piece.rows, N_,
                  [&](int t, int n) { x_.dB[t * x_.wide + n] = 0, x_.dC[t * x_.wide + n] = 0; });
     for_elements(piece.rows, piece.rows, [&](int t, int s) { x_.dG[t * x_.across + s] = 0; });
@@ -131,7 +101,7 @@ class Gradients {
     product<R>(
         piece.rows, piece.rows, Every{N_}, [&](int t, int n) { return x_.C[t * x_.wide + n]; },
         [&](int n, int s) { return x_.B[s * x_.wide + n]; }, x_.G, x_.across);
-    for (int64_t h = begin_; h < end_; ++h) run_head(piece, h);
+    for (int64_t h = task_.begin; h < task_.end; ++h) run_head(piece, h);
     finish_group(piece);
   }
 
@@ -155,14 +125,13 @@ class Gradients {
     const Sums<R> sums = decay_gradient(p_, piece, h, own.A, held * shared_.decays.whole,
                                         shared_.decays, shared_.sums, p_.ddt);
     if (threadIdx.x > 0) return;
-    static_cast<R*>(p_.dA)[sum_row(h)] += sums.dA;
-    static_cast<R*>(p_.ddt_bias)[sum_row(h)] += sums.ddt_bias;
+    cell_sums_.add(h, sums);
   }
 
   __device__ __forceinline__ void load(const Piece& piece, int64_t h) {
     load_rows(p_.x, piece, h, 0, P_, 0, x_.x, x_.pitch);
     for_elements(piece.rows, P_, [&](int t, int i) {
-      const R dy = p_.dy ? load_at<R>(p_.dy, b_, piece.time(t), h, i) : R(0);
+      const R dy = p_.dy ? load_at<R>(p_.dy, task_.b, piece.time(t), h, i) : R(0);
       x_.g[t * x_.pitch + i] = ungated(p_, dy, piece, t, h, i);
     });
     load_state(p_.cell_states, piece.entry && !piece.first, p_.initial_state, piece.from, h, x_.S);
@@ -173,7 +142,7 @@ class Gradients {
   // begins or ends.
   __device__ __forceinline__ void load_state(const void* saved, bool is_saved, const View<4>& given,
                                              int64_t slot, int64_t h, R* to) {
-    const int64_t from = sum_row(h) * p_.state * p_.headdim;
+    const int64_t from = cell_sums_.row(h) * p_.state * p_.headdim;
     for_elements(N_, P_, [&](int n, int i) {
       R x = 0;
       if (is_saved) {
@@ -230,9 +199,9 @@ class Gradients {
       const int64_t time = piece.time(t);
       R y = x_.out[t * x_.pitch + i];
       if (p_.D) y += skip_weight<R>(p_, h, i) * x_.x[t * x_.pitch + i];
-      const R z = load_at<R>(p_.z, b_, time, h, i);
-      const R dout = p_.dy ? load_at<R>(p_.dy, b_, time, h, i) : R(0);
-      store_at<R>(p_.dz, b_, time, h, i, dout * silu_slope(z, sigmoid(z)) * y);
+      const R z = load_at<R>(p_.z, task_.b, time, h, i);
+      const R dout = p_.dy ? load_at<R>(p_.dy, task_.b, time, h, i) : R(0);
+      store_at<R>(p_.dz, task_.b, time, h, i, dout * silu_slope(z, sigmoid(z)) * y);
     });
     __syncthreads();  // y has been read
   }
@@ -253,7 +222,7 @@ class Gradients {
     for_elements(rows, P_, [&](int s, int i) {
       R dx = d.weight[s] * x_.out[s * x_.pitch + i];
       if (p_.D) dx += skip_weight<R>(p_, h, i) * x_.g[s * x_.pitch + i];
-      store_at<R>(p_.dx, b_, piece.time(s), h, i, dx);
+      store_at<R>(p_.dx, task_.b, piece.time(s), h, i, dx);
     });
   }
 
@@ -329,12 +298,12 @@ class Gradients {
       return sum;
     };
     if (p_.wide_D) {
-      for (int i = int(threadIdx.x); i < P_; i += kPlainThreads) skip_sum(h, i) += column(i);
+      for (int i = int(threadIdx.x); i < P_; i += kPlainThreads) cell_sums_.skip(h, i) += column(i);
     } else if (threadIdx.x < 32) {
       R sum = 0;
       for (int i = int(threadIdx.x); i < P_; i += 32) sum += column(i);
       sum = warp_sum(sum);
-      if (threadIdx.x == 0) skip_sum(h, 0) += sum;
+      if (threadIdx.x == 0) cell_sums_.skip(h, 0) += sum;
     }
   }
 
@@ -363,11 +332,11 @@ class Gradients {
   }
 
   const GradientParams& p_;
+  const GradientTask& task_;
+  CellSums<R> cell_sums_;
   Tiles<R> x_;
   int N_, P_, shift_;
   GradientShared<R>& shared_;
-  int64_t part_, group_, begin_, end_, b_;  // heads [begin, end)
-  Cell cell_;
 };
 
 template <class R>
@@ -376,14 +345,13 @@ __global__ __launch_bounds__(kPlainThreads, 1) void plain_gradients_kernel(const
                                                                            int64_t tasks) {
   R* scratch = p.scratch == nullptr ? dynamic_shared<R>()
                                     : static_cast<R*>(p.scratch) + blockIdx.x * elements;
+  GradientTask& task = block_shared<GradientShared<R>>().task;
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
-    Gradients<R>(p, i, scratch).run();
     __syncthreads();  // the task before is done with
+    if (threadIdx.x == 0) task = gradient_task(p, i);
+    __syncthreads();  // the task is known
+    Gradients<R>(p, task, scratch).run();
   }
-}
-
-int64_t tasks_of(const GradientParams& p) {
-  return p.batch * p.cells() * p.groups * p.tasks_per_group();
 }
 
 }  // namespace
@@ -391,12 +359,12 @@ int64_t tasks_of(const GradientParams& p) {
 Room plain_gradient_room(const GradientParams& p) {
   const int64_t wide = p.state | 1, pitch = p.headdim | 1;
   const int64_t elements = kTile * (5 * wide + 4 * (kTile | 1) + 3 * pitch) + 2 * p.state * pitch;
-  return room_for(p, elements, tasks_of(p));
+  return room_for(p, elements, gradient_tasks(p));
 }
 
 void plain_gradients(const GradientParams& p, cudaStream_t stream) {
   const Room room = plain_gradient_room(p);
-  const int64_t tasks = tasks_of(p);
+  const int64_t tasks = gradient_tasks(p);
   auto run = [&](auto* type) {
     using R = std::remove_pointer_t<decltype(type)>;
     launch("ssd_scan gradients", plain_gradients_kernel<R>,

@@ -57,6 +57,13 @@ struct Slice {
   }
 };
 
+// Sets 16 bits of a pack, which was 0, without an array that would have to be in memory.
+__device__ __forceinline__ void set_element(uint4& v, int j, uint16_t bits) {
+  const uint32_t pair = uint32_t(bits) << j % 2 * 16;
+  v.x |= j / 2 == 0 ? pair : 0, v.y |= j / 2 == 1 ? pair : 0;
+  v.z |= j / 2 == 2 ? pair : 0, v.w |= j / 2 == 3 ? pair : 0;
+}
+
 // Rows of a bfloat16 tensor into a tile, columns up to a multiple of 16; rows and columns that are not
 // there are 0. With `shift`, row i holds step i - 1, which before a sequence is 0.
 template <class Tile>
@@ -71,15 +78,11 @@ __device__ __forceinline__ void load_tile(const Slice& x, const Piece& piece, in
     if (there && x.is_pack(i)) {
       v = x.pack(row - shift, i);
     } else if (there) {
-      uint32_t pairs[4] = {};
 #pragma unroll 1
       for (int j = 0; j < 8 && i + j < x.columns; ++j) {
-        const auto bits = reinterpret_cast<const uint16_t*>(x.data)[x.offset(row - shift, i + j)];
-        const uint32_t pair = uint32_t(bits) << j % 2 * 16;
-        pairs[0] |= j / 2 == 0 ? pair : 0, pairs[1] |= j / 2 == 1 ? pair : 0;
-        pairs[2] |= j / 2 == 2 ? pair : 0, pairs[3] |= j / 2 == 3 ? pair : 0;
+        const auto* bits = reinterpret_cast<const uint16_t*>(x.data);
+        set_element(v, j, bits[x.offset(row - shift, i + j)]);
       }
-      v = {pairs[0], pairs[1], pairs[2], pairs[3]};
     }
     tile.pack(row, i) = v;
   }

@@ -12,8 +12,9 @@
 //
 // Grid over (batch, cell, group, task of the group). Shared memory: see GradientTiles.
 #include "common/launch.h"
+#include "ssd_scan/gradient_task.cuh"
 #include "ssd_scan/kinds.h"
-#include "ssd_scan/tensor.cuh"
+#include "ssd_scan/tensor_steps.cuh"
 
 namespace statescan::ssd_scan::cuda {
 namespace {
@@ -21,7 +22,7 @@ namespace {
 constexpr int kBelow = 10;      // blocks of 16 x 16 on and below the diagonal
 constexpr int kColumns = 64;    // of headdim, at a time
 constexpr int kMostGroups = 4;  // of 64 states
-constexpr int kPitch = Tile<kSteps, kColumns>::kPitch, kAcross = kSteps + 1;
+constexpr int kPitch = Tile<kSteps, kColumns>::kPitch;
 
 template <int kN>
 struct GradientTiles {
@@ -29,14 +30,14 @@ struct GradientTiles {
   Tile<kSteps, kColumns> x, g, GL;                 // g: dy before the gate; GL at last dG
   Tile<kN, kColumns> state;                        // S before the piece, then dS after it
   alignas(16) SharedArray<float4, kBelow * 64> G;  // [block][half][lane], as the lanes hold it
-  SharedArray<float, kSteps * kAcross> share;      // V GL, then its row sums
+  StepProducts share;                              // V GL, then its row sums
   Decays<float> decays;
   DecaySums<float> sums;
   SharedArray<float, kMostGroups * kSteps> from_output, into_state;  // [64 states][step], to add up
   SharedArray<float, 16> held;                                       // of a warp
   SharedArray<float, kColumns> skip;
   Marks marks;
-  Cell cell;
+  GradientTask task;
   Piece piece;
 };
 
@@ -45,21 +46,16 @@ class TensorGradients {
  public:
   static constexpr int kGroups = kN / 64, kWarps = 4 * kGroups, kThreads = 32 * kWarps;
 
-  __device__ __forceinline__ TensorGradients(const GradientParams& p, int64_t task)
-      : p_(p), tiles_(*dynamic_shared<GradientTiles<kN>>()), warp_(int(threadIdx.x) / 32) {
-    part_ = int(task % p.tasks_per_group()), task /= p.tasks_per_group();
-    group_ = int(task % p.groups), task /= p.groups;
-    b_ = task / p.cells();
-    if (threadIdx.x == 0) tiles_.cell = cell_at(p, task % p.cells());
-    __syncthreads();  // the cell is known
-  }
+  __device__ __forceinline__ explicit TensorGradients(const GradientParams& p)
+      : p_(p), tiles_(*dynamic_shared<GradientTiles<kN>>()), warp_(int(threadIdx.x) / 32) {}
 
   __device__ __forceinline__ void run() {
-    load_marks(p_, b_, tiles_.cell, tiles_.marks);
-    clear_sums();
-    for (int row = 0; row < tiles_.cell.rows;) {
+    load_marks(p_, task().b, task().cell, tiles_.marks);
+    cell_sums().clear();
+    for (int row = 0; row < task().cell.rows;) {
       __syncthreads();  // the marks are in place, the piece before is done with
-      if (threadIdx.x == 0) tiles_.piece = Pieces(p_, b_, tiles_.cell, tiles_.marks).from(row);
+      if (threadIdx.x == 0)
+        tiles_.piece = Pieces(p_, task().b, task().cell, tiles_.marks).from(row);
       __syncthreads();  // the piece is known
       tiles_.piece.padding ? run_padding(tiles_.piece) : run_piece(tiles_.piece);
       row = tiles_.piece.row + tiles_.piece.rows;
@@ -70,14 +66,8 @@ class TensorGradients {
   static constexpr int kOwn = (kBelow + kWarps - 1) / kWarps;  // blocks of dG of a warp
   static constexpr int kProducts = 4 / kGroups;                // of 16 columns of dx or y of a warp
 
-  __device__ __forceinline__ int64_t first_head() const {
-    return group_ * p_.group_heads() + part_ * p_.heads_per_task;
-  }
-  __device__ __forceinline__ int64_t end_head() const {
-    const int64_t end = first_head() + p_.heads_per_task;
-    const int64_t group_end = (group_ + 1) * p_.group_heads();
-    return end < group_end ? end : group_end;
-  }
+  __device__ __forceinline__ const GradientTask& task() const { return tiles_.task; }
+  __device__ __forceinline__ CellSums<float> cell_sums() const { return {p_, tiles_.task}; }
   __device__ __forceinline__ int shift() const { return p_.shift_output ? 1 : 0; }
   __device__ __forceinline__ int states() const { return int(p_.state); }
   __device__ __forceinline__ int tile_row() const { return warp_ % 4; }
@@ -86,30 +76,8 @@ class TensorGradients {
     return int(p_.headdim - first < kColumns ? p_.headdim - first : kColumns);
   }
 
-  // Of (batch, cell, head).
-  __device__ __forceinline__ int64_t sum_row(int64_t head) const {
-    return (b_ * p_.cells() + tiles_.cell.index) * p_.heads + head;
-  }
-  __device__ __forceinline__ int64_t skip_size() const { return p_.wide_D ? p_.headdim : 1; }
-  __device__ __forceinline__ float& skip_sum(int64_t head, int64_t i) const {
-    return static_cast<float*>(p_.dD)[sum_row(head) * skip_size() + i];
-  }
-  __device__ __forceinline__ void clear_sums() {
-    for (int64_t h = first_head(); h < end_head(); ++h) {
-      if (threadIdx.x == 0) {
-        static_cast<float*>(p_.dA)[sum_row(h)] = 0;
-        static_cast<float*>(p_.ddt_bias)[sum_row(h)] = 0;
-      }
-      for (int64_t i = threadIdx.x; i < skip_size(); i += kThreads) skip_sum(h, i) = 0;
-    }
-  }
-
-  // (batch, seqlen, group, state) of the block's part of dB or dC.
   __device__ __forceinline__ Slice projection(const View<5>& x, const Piece& piece) const {
-    View<4> v{static_cast<char*>(x.data) + part_ * x.stride[0] * element_bytes(x.dtype),
-              x.dtype,
-              {x.stride[1], x.stride[2], x.stride[3], x.stride[4]}};
-    return Slice(v, piece, group_, 0, states());
+    return Slice(part_view(x, task().part), piece, task().group, 0, states());
   }
 
   __device__ __forceinline__ void clear_rows(const Slice& x, int first, int rows) {
@@ -120,14 +88,10 @@ class TensorGradients {
   }
 
   __device__ __forceinline__ void run_padding(const Piece& piece) {
-    for (int64_t h = first_head(); h < end_head(); ++h) {
+    for (int64_t h = task().begin; h < task().end; ++h) {
       clear_rows(Slice(p_.dx, piece, h, 0, int(p_.headdim)), 0, piece.rows);
       if (p_.z) clear_rows(Slice(p_.dz, piece, h, 0, int(p_.headdim)), 0, piece.rows);
-      for (int t = int(threadIdx.x); t < piece.rows; t += kThreads) {
-        store_element(
-            p_.ddt.data, p_.ddt.dtype,
-            b_ * p_.ddt.stride[0] + piece.time(t) * p_.ddt.stride[1] + h * p_.ddt.stride[2], 0.0f);
-      }
+      clear_dt(p_, piece, h);
     }
     clear_rows(projection(p_.dB, piece), 0, piece.rows);
     clear_rows(projection(p_.dC, piece), 0, piece.rows);
@@ -145,10 +109,10 @@ class TensorGradients {
   }
 
   __device__ __forceinline__ void run_piece(const Piece& piece) {
-    load_tile(Slice(p_.B, piece, group_, 0, states()), piece, 0, tiles_.B, int(threadIdx.x),
+    load_tile(Slice(p_.B, piece, task().group, 0, states()), piece, 0, tiles_.B, int(threadIdx.x),
               kThreads);
-    load_tile(Slice(p_.C, piece, group_, 0, states()), piece, shift(), tiles_.C, int(threadIdx.x),
-              kThreads);
+    load_tile(Slice(p_.C, piece, task().group, 0, states()), piece, shift(), tiles_.C,
+              int(threadIdx.x), kThreads);
 #pragma unroll
     for (int j = 0; j < 4; ++j) dB_[j] = dC_[j] = Product{};
 #pragma unroll
@@ -167,7 +131,7 @@ class TensorGradients {
       }
     });
 #pragma unroll 1
-    for (int64_t h = first_head(); h < end_head(); ++h) run_head(piece, h);
+    for (int64_t h = task().begin; h < task().end; ++h) run_head(piece, h);
     finish_group(piece);
   }
 
@@ -210,16 +174,16 @@ class TensorGradients {
       __syncthreads();  // S, GL and V GL are in place
       project(tiles_.g, columns, tiles_.C, tiles_.decays.row, nullptr, dC_, from_output_);
       if (p_.z) gate_gradient(piece, h, first, columns);
-      if (first == 0) add_columns(piece.rows);
+      if (first == 0) add_columns(tiles_.share, piece.rows, tiles_.sums);
       __syncthreads();  // S has been read
       load_state<true>(p_.dcell_states, piece.exit && !piece.last, p_.dlast_state, piece.to, h,
                        first, columns);
-      if (first == 0) add_rows(piece.rows);
+      if (first == 0) add_rows(tiles_.share, piece.rows, tiles_.decays);
       __syncthreads();  // dS and the row sums are in place
       project(tiles_.x, columns, tiles_.B, tiles_.decays.column, &tiles_.decays.weight, dB_,
               into_state_);
       input_gradient(piece, h, first, columns);
-      if (first == 0) add_crossing(piece.rows);
+      if (first == 0) add_crossing(tiles_.share, piece.rows, shift(), tiles_.sums);
       if (p_.D) skip_gradient(piece, h, first, columns);
     }
     gather();
@@ -258,8 +222,7 @@ class TensorGradients {
         decay_gradient(p_, piece, h, Head<float>(p_, h).A, held * tiles_.decays.whole,
                        tiles_.decays, tiles_.sums, p_.ddt);
     if (ptx::lane() > 0) return;
-    static_cast<float*>(p_.dA)[sum_row(h)] += sums.dA;
-    static_cast<float*>(p_.ddt_bias)[sum_row(h)] += sums.ddt_bias;
+    cell_sums().add(h, sums);
   }
 
   // GL, dG and V GL of a block.
@@ -277,7 +240,7 @@ class TensorGradients {
         const float L = s + shift() <= t ? d.between(t, s, shift()) : 0.0f;
         GL.d[h][i] = G[i] * L;
         dG.d[h][i] += V.d[h][i] * L * d.weight[s];
-        tiles_.share[t * kAcross + s] = V.d[h][i] * GL.d[h][i];
+        tiles_.share.at(t, s) = V.d[h][i] * GL.d[h][i];
       }
     }
     store_rounded(GL, tiles_.GL.at(16 * t0, 16 * s0), kPitch);
@@ -289,7 +252,7 @@ class TensorGradients {
   __device__ __forceinline__ void load_state(const void* saved, bool is_saved, const View<4>& given,
                                              int64_t slot, int64_t h, int first, int columns) {
     const BFloat16* row =
-        static_cast<const BFloat16*>(saved) + sum_row(h) * p_.state * p_.headdim + first;
+        static_cast<const BFloat16*>(saved) + cell_sums().row(h) * p_.state * p_.headdim + first;
     const bool packed = p_.headdim % 8 == 0;
     const unsigned packs = unsigned(round_up(columns, 16) / 8);
 #pragma unroll 1
@@ -299,17 +262,15 @@ class TensorGradients {
       if (is_saved && packed && n < states() && i < columns) {
         v = *reinterpret_cast<const uint4*>(row + n * p_.headdim + i);
       } else if (n < states() && (is_saved || (given && slot >= 0))) {
-        float x[8] = {};
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (i + j >= columns) continue;
-          x[j] = is_saved
-                     ? to_number(row[n * p_.headdim + i + j])
-                     : static_cast<const float*>(
-                           given.data)[slot * given.stride[0] + h * given.stride[1] +
-                                       (first + i + j) * given.stride[2] + n * given.stride[3]];
+#pragma unroll 1
+        for (int j = 0; j < 8 && i + j < columns; ++j) {
+          const int64_t at = slot * given.stride[0] + h * given.stride[1] +
+                             (first + i + j) * given.stride[2] + n * given.stride[3];
+          set_element(v, j,
+                      is_saved
+                          ? row[n * p_.headdim + i + j].bits
+                          : uint16_t(ptx::pack_bf16(static_cast<const float*>(given.data)[at], 0)));
         }
-        v = Pack<BFloat16, 8>::of(x).bits;
       }
       uint4& pack = tiles_.state.pack(n, i);
       if (kGradient) {
@@ -474,80 +435,23 @@ class TensorGradients {
     });
   }
 
-  // Four neighbouring threads share a step, each with 16 of the others.
-  template <class F>
-  __device__ __forceinline__ void for_steps(int rows, F&& f) {
-    if (threadIdx.x >= 4 * kSteps) return;
-    f(int(threadIdx.x) / 4, int(threadIdx.x) % 4 * 16);
-  }
-  __device__ __forceinline__ float quad_sum(float x) const {
-    x += __shfl_xor_sync(kAllLanes, x, 1);
-    return x + __shfl_xor_sync(kAllLanes, x, 2);
-  }
-  // V GL summed over the steps t of column s, from a first one on.
-  __device__ __forceinline__ float column_sum(int s, int begin, int first, int rows) {
-    float sum = 0;
-    for (int t = begin; t < begin + 16; ++t) {
-      if (t >= first && t < rows) sum += tiles_.share[t * kAcross + s];
-    }
-    return quad_sum(sum);
-  }
-
-  // What the weights get through the outputs of the piece.
-  __device__ __forceinline__ void add_columns(int rows) {
-    for_steps(rows, [&](int s, int begin) {
-      const float sum = column_sum(s, begin, s, rows);
-      if (begin == 0) tiles_.sums.d_weight[s] = sum;
-    });
-  }
-  // Row sums of V GL w that grow from column to column.
-  __device__ __forceinline__ void add_rows(int rows) {
-    for_steps(rows, [&](int t, int begin) {
-      float sum = 0;
-      for (int s = begin; s < begin + 16; ++s) {
-        if (s <= t && t < rows) {
-          float& share = tiles_.share[t * kAcross + s];
-          share = sum += share * tiles_.decays.weight[s];
-        }
-      }
-      float before = 0;
-      for (int q = 0; q < 3; ++q) {
-        const float other = __shfl_sync(kAllLanes, sum, ptx::lane() / 4 * 4 + q);
-        if (q < begin / 16) before += other;
-      }
-      for (int s = begin; s < begin + 16; ++s) {
-        if (s <= t && t < rows) tiles_.share[t * kAcross + s] += before;
-      }
-    });
-  }
-  // What goes from each step and those before to outputs after it.
-  __device__ __forceinline__ void add_crossing(int rows) {
-    for_steps(rows, [&](int s, int begin) {
-      const float sum = column_sum(s, begin, s + 1 + shift(), rows);
-      if (begin == 0) tiles_.sums.through[s] = sum;
-    });
-  }
-
   __device__ __forceinline__ void skip_gradient(const Piece& piece, int64_t h, int first,
                                                 int columns) {
-    for_steps(piece.rows, [&](int i, int begin) {
-      float sum = 0;
-      for (int t = begin; i < columns && t < begin + 16 && t < piece.rows; ++t) {
-        sum += to_number(*tiles_.g.at(t, i)) * to_number(*tiles_.x.at(t, i));
-      }
-      sum = quad_sum(sum);
+    const CellSums<float> sums = cell_sums();
+    for_quarters([&](int i, int begin) {
+      const float sum = column_dot(tiles_.g, tiles_.x, i < columns ? i : 0, begin, piece.rows);
       if (begin > 0) return;
       if (!p_.wide_D) {
-        tiles_.skip[i] = sum;
+        tiles_.skip[i] = i < columns ? sum : 0.0f;
       } else if (i < columns) {
-        skip_sum(h, first + i) += sum;
+        sums.skip(h, first + i) += sum;
       }
     });
     if (p_.wide_D) return;
     __syncthreads();  // the columns' sums are in place
     if (warp_ > 0) return;
     const float sum = warp_sum(tiles_.skip[ptx::lane()] + tiles_.skip[ptx::lane() + 32]);
-    if (ptx::lane() == 0) skip_sum(h, 0) += sum;
+    if (ptx::lane() == 0) sums.skip(h, 0) += sum;
   }
 
   // dB and dC through G, of which all the heads have their share in dG by now.
@@ -557,42 +461,50 @@ class TensorGradients {
       store_rounded(dG_[i], tiles_.GL.at(16 * t, 16 * s), kPitch);
     });
     __syncthreads();  // dG is in place
-    const Slice dB(projection(p_.dB, piece)), dC(projection(p_.dC, piece));
+    add_through_G(p_.dC, piece, shift(), dC_, [&](Product& dC, int n) {
+#pragma unroll 1
+      for (int s = 0; s <= tile_row(); ++s) {
+        multiply(dC, left_of(tiles_.GL.at(16 * tile_row(), 16 * s), kPitch),
+                 right_of(tiles_.B.at(16 * s, n), Tile<kSteps, kN>::kPitch));
+      }
+    });
+    add_through_G(p_.dB, piece, 0, dB_, [&](Product& dB, int n) {
+#pragma unroll 1
+      for (int t = 16 * tile_row(); t < piece.rows; t += 16) {
+        multiply(dB, left_of_transposed(tiles_.GL.at(t, 16 * tile_row()), kPitch),
+                 right_of(tiles_.C.at(t, n), Tile<kSteps, kN>::kPitch));
+      }
+    });
+    // No output reads the last C.
+    if (shift() == 1 && piece.last) clear_rows(projection(p_.dC, piece), piece.rows - 1, 1);
+  }
+
+  // add(sums, first state) for the warp's rows of dB or dC, which are stored `shift` steps earlier.
+  template <class Add>
+  __device__ __forceinline__ void add_through_G(const View<5>& x, const Piece& piece, int shift,
+                                                Product (&sums)[4], Add&& add) {
+    const Slice to = projection(x, piece);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int n = 64 * state_group() + 16 * j;
       if (n >= states() || 16 * tile_row() >= piece.rows) continue;
-#pragma unroll 1
-      for (int s = 0; s <= tile_row(); ++s) {
-        multiply(dC_[j], left_of(tiles_.GL.at(16 * tile_row(), 16 * s), kPitch),
-                 right_of(tiles_.B.at(16 * s, n), Tile<kSteps, kN>::kPitch));
-      }
-#pragma unroll 1
-      for (int t = 16 * tile_row(); t < piece.rows; t += 16) {
-        multiply(dB_[j], left_of_transposed(tiles_.GL.at(t, 16 * tile_row()), kPitch),
-                 right_of(tiles_.C.at(t, n), Tile<kSteps, kN>::kPitch));
-      }
+      add(sums[j], n);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int t = 16 * tile_row() + ptx::lane() / 4 + 8 * i;
-          const int at = n + 8 * h + ptx::lane() % 4 * 2;
-          if (t >= piece.rows) continue;
-          store_pair(dB, t, at, dB_[j].d[h][2 * i], dB_[j].d[h][2 * i + 1]);
-          if (t < shift() && piece.first) continue;
-          store_pair(dC, t - shift(), at, dC_[j].d[h][2 * i], dC_[j].d[h][2 * i + 1]);
+          if (t >= piece.rows || (t < shift && piece.first)) continue;
+          store_pair(to, t - shift, n + 8 * h + ptx::lane() % 4 * 2, sums[j].d[h][2 * i],
+                     sums[j].d[h][2 * i + 1]);
         }
       }
     }
-    // No output reads the last C.
-    if (shift() == 1 && piece.last) clear_rows(dC, piece.rows - 1, 1);
   }
 
   const GradientParams& p_;
   GradientTiles<kN>& tiles_;
-  int warp_, part_, group_;
-  int64_t b_;
+  int warp_;
   float from_output_[2], into_state_[2], held_;  // of the head
   Product dB_[4], dC_[4], dG_[kOwn];
 };
@@ -603,13 +515,15 @@ __global__ __launch_bounds__(TensorGradients<kN>::kThreads,
                                                              int64_t tasks) {
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
     __syncthreads();  // the task before is done with
-    TensorGradients<kN>(p, i).run();
+    if (threadIdx.x == 0) dynamic_shared<GradientTiles<kN>>()->task = gradient_task(p, i);
+    __syncthreads();  // the task is known
+    TensorGradients<kN>(p).run();
   }
 }
 
 template <int kN>
 void run(const GradientParams& p, cudaStream_t stream) {
-  const int64_t tasks = p.batch * p.cells() * p.groups * p.tasks_per_group();
+  const int64_t tasks = gradient_tasks(p);
   launch("ssd_scan gradients", tensor_gradients_kernel<kN>, blocks_for(tasks, 1),
          TensorGradients<kN>::kThreads, sizeof(GradientTiles<kN>), stream, p, tasks);
 }

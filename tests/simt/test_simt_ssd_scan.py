@@ -43,7 +43,7 @@ def test_ragged_lengths(place, seqlen, dtype):
 @BFLOAT16
 @pytest.mark.parametrize("state", [1, 15, 16, 17, 33, 80])
 def test_any_state_size(place, state, dtype):
-    check(place, sample(1, 20, 1, 5, state, 1, dtype=dtype), return_final_states=True)
+    check(place, sample(1, 20, 4, 5, state, 2, dtype=dtype), return_final_states=True)
 
 
 @BFLOAT16
