@@ -60,7 +60,7 @@ def test_large_states(place, headdim, state, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes(place, dtype):
-    check(place, sample(1, 68, 2, 8, dtype=dtype), return_final_states=True)
+    check(place, sample(1, 68, 4, 8, dtype=dtype), return_final_states=True)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     check(place, sample(1, 20, 2, 8, 8, dtype=dtype), out_dtype=wide)
 
@@ -324,6 +324,12 @@ def test_parts_of_many_sequences(place, reverse, dtype):
     seq_idx = torch.stack([ids((0, 20), (-1, 50), (1, 20)), ids((2, 90))])
     inputs = sample(2, 90, 2, 3, 4, decay=0.1, dtype=dtype)
     check(place, inputs, seq_idx=seq_idx, **options)
+
+
+def test_sums_over_many_cells(place):
+    """Of parameters: over 64 cells and more, by a warp for each."""
+    inputs = sample(5, 14, 2, 2, 2, 1, D=2)
+    check(place, inputs, chunk_size=1)
 
 
 @BFLOAT16
