@@ -50,8 +50,9 @@ def ssd_scan(
     argument to the next (in float64 if any of them is float64, for gradient checks). On a machine
     with bfloat16 products (AVX512_BF16, or a GPU for up to 256 states) and where x, B and C are all
     bfloat16, the factors of products (state, scores) are rounded to bfloat16, sums and states stay
-    float32; on a CPU ``STATESCAN_ISA=avx512`` in the environment keeps the factors too. Any strides are read as they
-    are, and ``y`` comes back in the memory order of ``x``. Autocast does not change the operator.
+    float32; on a CPU ``STATESCAN_ISA=avx512`` in the environment keeps the factors too. Any strides
+    are read as they are, and ``y`` comes back in the memory order of ``x``. Autocast does not
+    change the operator.
 
     Args:
         x: input, (batch, seqlen, head, headdim), float32, float16 or bfloat16. seqlen may be 0.
@@ -112,7 +113,8 @@ def ssd_scan(
     8 * state bytes for each token, group and block of 8 heads of a group if there is more than one
     (of fewer heads in a batch of few sequences; on a GPU only where a batch is too small for it).
 
-    On a GPU values of ``seq_idx`` and ``cu_seqlens`` are not checked: wrong ones give wrong numbers.
+    On a GPU the values of ``seq_idx`` and ``cu_seqlens`` are not checked: wrong ones give wrong
+    numbers.
     """
     _register.check_floats(
         x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, log_decay=log_decay,
