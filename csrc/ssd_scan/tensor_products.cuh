@@ -96,15 +96,20 @@ class GradientWarp {
                                           float (&products)[2]) {
     if (16 * tile_row() >= tiles_.piece.rows) return;
     const int lane = ptx::lane(), t = 16 * tile_row() + lane / 4;
+    Left rows[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (16 * k < columns) rows[k] = left_of(vectors.at(16 * tile_row(), 16 * k), kPitch);
+    }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int n = 64 * state_group() + 16 * j;
       if (n >= states()) continue;
       Product Q;
-#pragma unroll 1
-      for (int k = 0; k < columns; k += 16) {
-        multiply(Q, left_of(vectors.at(16 * tile_row(), k), kPitch),
-                 right_of_transposed(tiles_.state.at(n, k), kPitch));
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (16 * k >= columns) continue;
+        multiply(Q, rows[k], right_of_transposed(tiles_.state.at(n, 16 * k), kPitch));
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
