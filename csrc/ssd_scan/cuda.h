@@ -32,6 +32,8 @@ struct Inputs : Shape {
   int64_t slots_per_row;  // states of a batch element with seq_idx; 0: one, for its two ends
   const int32_t* marks;   // (batch, seqlen): Mark, or null: every batch element is one sequence
 
+  int64_t shared_bytes;  // that a block may have on this device
+
   int64_t slots() const { return slots_per_row > 0 ? batch * slots_per_row : sequences.slots(); }
 };
 

@@ -5,6 +5,10 @@
 
 namespace statescan::ssd_scan::cuda {
 
+// Does a block have the shared memory that it takes?
+bool has_tensor_walk(const WalkParams& p);
+bool has_tensor_gradients(const GradientParams& p);
+
 Room plain_walk_room(const WalkParams& p);
 Room plain_gradient_room(const GradientParams& p);
 void plain_walk(const WalkParams& p, cudaStream_t stream);

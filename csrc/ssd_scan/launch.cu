@@ -31,7 +31,7 @@ __global__ __launch_bounds__(kThreads) void carry_kernel(const WalkParams p, Div
 }
 
 void walk_once(const WalkParams& p, cudaStream_t stream) {
-  p.bfloat16 ? tensor_walk(p, stream) : plain_walk(p, stream);
+  has_tensor_walk(p) ? tensor_walk(p, stream) : plain_walk(p, stream);
 }
 
 void find_carries(WalkParams p, cudaStream_t stream) {
@@ -51,9 +51,11 @@ int64_t part(int64_t whole, int64_t by) { return (whole + by - 1) / by; }
 
 }  // namespace
 
-Room walk_room(const WalkParams& p) { return p.bfloat16 ? Room{0, 0, true} : plain_walk_room(p); }
+Room walk_room(const WalkParams& p) {
+  return has_tensor_walk(p) ? Room{0, 0, true} : plain_walk_room(p);
+}
 Room gradient_room(const GradientParams& p) {
-  return p.bfloat16 ? Room{0, 0, true} : plain_gradient_room(p);
+  return has_tensor_gradients(p) ? Room{0, 0, true} : plain_gradient_room(p);
 }
 
 // Two blocks to each of 132 multiprocessors keep them busy. Fewer: sequences are cut into parts of at
@@ -77,7 +79,7 @@ void walk(const WalkParams& p, cudaStream_t stream) {
 }
 
 void gradients(const GradientParams& p, cudaStream_t stream) {
-  p.bfloat16 ? tensor_gradients(p, stream) : plain_gradients(p, stream);
+  has_tensor_gradients(p) ? tensor_gradients(p, stream) : plain_gradients(p, stream);
 }
 
 }  // namespace statescan::ssd_scan::cuda

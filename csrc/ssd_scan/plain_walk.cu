@@ -78,9 +78,10 @@ class Walk {
           [&](int n, int i, R& S) { store_at<R>(to, cell.chunk, task_.head, first_ + i, n, S); });
     }
     if (p_.cell_states == nullptr) return;
-    const int64_t at = ((task_.b * p_.cells() + cell.index) * p_.heads + task_.head) * p_.state;
-    R* to = static_cast<R*>(p_.cell_states) + at * p_.headdim + first_;
-    for_state([&](int n, int i, R& S) { to[n * p_.headdim + i] = S; });
+    const int64_t row = ((task_.b * p_.cells() + cell.index) * p_.heads + task_.head) * p_.state;
+    for_state([&](int n, int i, R& S) {
+      store_element(p_.cell_states, p_.cell_dtype(), (row + n) * p_.headdim + first_ + i, S);
+    });
   }
 
   __device__ __forceinline__ void add_chunk_gradient(const Cell& cell) {

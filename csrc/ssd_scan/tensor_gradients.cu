@@ -355,6 +355,11 @@ void run(const GradientParams& p, cudaStream_t stream) {
 
 }  // namespace
 
+bool has_tensor_gradients(const GradientParams& p) {
+  const size_t bytes = p.state <= 128 ? sizeof(GradientTiles<128>) : sizeof(GradientTiles<256>);
+  return p.bfloat16 && int64_t(bytes) <= p.shared_bytes;
+}
+
 void tensor_gradients(const GradientParams& p, cudaStream_t stream) {
   p.state <= 128 ? run<128>(p, stream) : run<256>(p, stream);
 }

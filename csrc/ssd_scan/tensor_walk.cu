@@ -404,18 +404,29 @@ __global__ __launch_bounds__(kHeadThreads* kMostHeads,
 }
 
 template <int kN, int kP>
+int64_t shared_bytes(int64_t heads) {
+  return sizeof(WalkTiles<kN, kP>) - (kMostHeads - heads) * sizeof(HeadTiles<kN, kP>);
+}
+
+template <int kN, int kP>
 void run(const WalkParams& p, cudaStream_t stream) {
-  using Tiles = WalkTiles<kN, kP>;
   const int64_t parts = p.summarize ? p.parts - 1 : p.parts;
   const int64_t tasks = parts * p.batch * p.heads * ((p.headdim + kP - 1) / kP);
   // Two heads share B, C and G, where that leaves a block to every processor.
-  const int64_t heads = p.group_heads() % 2 == 0 && tasks >= 2 * 132 ? 2 : 1;
-  const size_t shared = sizeof(Tiles) - size_t(kMostHeads - heads) * sizeof(HeadTiles<kN, kP>);
+  const bool two =
+      p.group_heads() % 2 == 0 && tasks >= 2 * 132 && shared_bytes<kN, kP>(2) <= p.shared_bytes;
+  const int64_t heads = two ? 2 : 1;
   launch("ssd_scan walk", tensor_walk_kernel<kN, kP>, blocks_for(tasks / heads, 1),
-         int(heads * kHeadThreads), shared, stream, p, heads, tasks / heads);
+         int(heads * kHeadThreads), size_t(shared_bytes<kN, kP>(heads)), stream, p, heads,
+         tasks / heads);
 }
 
 }  // namespace
+
+bool has_tensor_walk(const WalkParams& p) {
+  return p.bfloat16 &&
+         (p.state <= 128 ? shared_bytes<128, 64>(1) : shared_bytes<256, 32>(1)) <= p.shared_bytes;
+}
 
 void tensor_walk(const WalkParams& p, cudaStream_t stream) {
   p.state <= 128 ? run<128, 64>(p, stream) : run<256, 32>(p, stream);
