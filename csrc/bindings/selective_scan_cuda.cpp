@@ -6,6 +6,7 @@
 #include "bindings/runs.h"
 #include "bindings/selective_scan.h"
 #include "bindings/stream.h"
+#include "common/arrays.cuh"
 #include "selective_scan/cuda.h"
 
 namespace statescan::bindings {
@@ -44,8 +45,8 @@ OptionalTensor flat_states(const char* name, const OptionalTensor& t, const cuda
   if (!t) return t;
   if (float_dtype(name, *t) == p.compute) return t;
   Tensor copy = empty(*t, {p.slots(), p.dim, p.state}, scalar_type(p.compute));
-  cuda::copy_states(slot_view(name, *t), flat_view(copy.data_ptr(), p), p.slots(), p.dim, p.state,
-                    stream);
+  copy_states(slot_view(name, *t), flat_view(copy.data_ptr(), p), p.slots(), p.dim, p.state,
+              stream);
   return copy;
 }
 
@@ -110,8 +111,8 @@ void check_chunk(const Shape& p) {
 void begin_states(const OptionalTensor& from, const cuda::Inputs& p, void* to,
                   cudaStream_t stream) {
   if (p.marks == nullptr && p.seqlen > 0) return;
-  cuda::copy_states(from ? flat_view(from->data_ptr(), p) : View<3>{}, flat_view(to, p), p.slots(),
-                    p.dim, p.state, stream);
+  copy_states(from ? flat_view(from->data_ptr(), p) : View<3>{}, flat_view(to, p), p.slots(), p.dim,
+              p.state, stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> selective_scan_fwd(
@@ -156,7 +157,7 @@ void add_up_rows(const Tensor& partial, const Tensor& out, const cuda::Inputs& p
   v.data = out.data_ptr();
   v.dtype = float_dtype("gradient", out);
   v.stride[2] = out.stride(0), v.stride[3] = out.dim() == 2 ? out.stride(1) : 0;
-  cuda::add_up(partial.data_ptr(), p.compute, partial.size(0), {1, 1, p.dim, state}, v, stream);
+  add_up(partial.data_ptr(), p.compute, partial.size(0), {1, 1, p.dim, state}, v, stream);
 }
 
 // dB or dC that varies in time, summed over blocks of channels.
@@ -164,8 +165,8 @@ void add_up_blocks(const Tensor& partial, const Tensor& out, const cuda::Inputs&
                    cudaStream_t stream) {
   View<4> v = projection_view("gradient", out);  // (batch, group, state, seqlen)
   std::swap(v.stride[2], v.stride[3]);
-  cuda::add_up(partial.data_ptr(), p.compute, partial.size(0),
-               {p.batch, p.groups, p.seqlen, p.state}, v, stream);
+  add_up(partial.data_ptr(), p.compute, partial.size(0), {p.batch, p.groups, p.seqlen, p.state}, v,
+         stream);
 }
 
 void check_gradients(const OptionalTensor& dy, const OptionalTensor& dlast_state,
@@ -258,8 +259,8 @@ BwdResult selective_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dla
   if (D) add_up_rows(dD_sums, dD, p, s);
   if (delta_bias) add_up_rows(dbias_sums, dbias, p, s);
   if (dh0 && float_dtype("dinitial_state", *dh0) != p.compute) {
-    cuda::copy_states(flat_view(dinitial->data_ptr(), p), slot_view("dinitial_state", *dh0),
-                      p.slots(), p.dim, p.state, s);
+    copy_states(flat_view(dinitial->data_ptr(), p), slot_view("dinitial_state", *dh0), p.slots(),
+                p.dim, p.state, s);
   }
   return {du, ddelta, dA, dB, dC, dD, dz, dbias, dh0 ? *dh0 : empty(u, {0}, compute)};
 }

@@ -1,13 +1,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <limits>
 #include <tuple>
 #include <utility>
 
 #include "bindings/device.h"
 #include "bindings/segments.h"
-#include "bindings/tensor.h"
+#include "bindings/ssd_scan.h"
 #include "common/sum_partials.h"
 #include "ssd_scan/kernels.h"
 
@@ -16,131 +15,22 @@ namespace {
 
 using namespace ssd_scan;  // FwdParams, BwdParams, ...
 
-// The operands and flags that forward and backward share.
-struct Operands {
-  const Tensor& x;
-  const OptionalTensor &dt, &A;
-  const Tensor &B, &C;
-  const OptionalTensor &D, &z, &dt_bias, &log_decay, &initial_states, &seq_idx, &cu_seqlens;
-  bool dt_softplus;
-  double dt_min, dt_max;
-  bool reverse, shift_output;
-  int64_t chunk;
-};
-
-// fail unless the decay comes from dt and A, or from log_decay, and not from both.
-void check_decay(const Operands& x, const Problem& p) {
-  if (!x.log_decay) {
-    if (!x.dt || !x.A) fail("give dt and A, or log_decay without them");
-    check_shape("dt", *x.dt, "(batch, seqlen, head)", {p.batch, p.seqlen, p.heads});
-    check_shape("A", *x.A, "(head)", {p.heads});
-    if (x.dt_bias) check_shape("dt_bias", *x.dt_bias, "(head)", {p.heads});
-    if (!(x.dt_min <= x.dt_max)) {
-      fail("dt_limit must be (least, greatest), got (" + std::to_string(x.dt_min) + ", " +
-           std::to_string(x.dt_max) + ")");
-    }
-    return;
-  }
-  if (x.dt || x.A || x.dt_bias || x.dt_softplus || p.dt_min != 0 ||
-      p.dt_max != std::numeric_limits<double>::infinity()) {
-    fail(
-        "log_decay takes the place of dt and A: dt, A, dt_bias, dt_softplus and dt_limit must be "
-        "left out");
-  }
-  check_shape("log_decay", *x.log_decay, "(batch, seqlen, head)", {p.batch, p.seqlen, p.heads});
-}
-
-// Sizes and flags from the operands, all of them checked.
-Problem check(const Operands& x) {
-  check_dim("x", x.x, "(batch, seqlen, head, headdim)", 4);
-  check_dim("B", x.B, "(batch, seqlen, group, state)", 4);
+Problem check(const SsdOperands& x) {
   Problem p{};
-  p.batch = x.x.size(0), p.seqlen = x.x.size(1), p.heads = x.x.size(2), p.headdim = x.x.size(3);
-  p.groups = x.B.size(2), p.state = x.B.size(3), p.chunk = x.chunk;
-  p.dt_softplus = x.dt_softplus, p.dt_min = x.dt_min, p.dt_max = x.dt_max;
-  p.reverse = x.reverse, p.shift_output = x.shift_output, p.has_dt = x.dt.has_value();
-  check_decay(x, p);
-  if (p.groups < 1 || p.heads % p.groups != 0) {
-    fail("B and C must have a number of groups that divides head = " + std::to_string(p.heads) +
-         ", got " + std::to_string(p.groups));
-  }
-  if (p.state < 1) fail("B and C must have at least 1 state, got state = 0");
-  const Sizes projection{p.batch, p.seqlen, p.groups, p.state};
-  check_shape("B", x.B, "(batch, seqlen, group, state)", projection);
-  check_shape("C", x.C, "(batch, seqlen, group, state)", projection);
-  if (x.D && x.D->dim() == 2) {
-    check_shape("D", *x.D, "(head, headdim)", {p.heads, p.headdim});
-  } else if (x.D) {
-    check_shape("D", *x.D, "(head)", {p.heads});
-  }
-  if (x.z) check_shape("z", *x.z, "(batch, seqlen, head, headdim)", sizes_of(x.x));
-  if (p.chunk < 1) fail("chunk_size must be at least 1, got " + std::to_string(p.chunk));
-
-  p.compute = compute_dtype({{"x", &x.x},
-                             {"dt", pointer(x.dt)},
-                             {"A", pointer(x.A)},
-                             {"B", &x.B},
-                             {"C", &x.C},
-                             {"D", pointer(x.D)},
-                             {"z", pointer(x.z)},
-                             {"dt_bias", pointer(x.dt_bias)},
-                             {"log_decay", pointer(x.log_decay)},
-                             {"initial_states", pointer(x.initial_states)}});
-  const auto is_bfloat16 = [](const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16; };
-  p.bfloat16 = isa() == Isa::kAvx512Bf16 && p.compute == DType::kFloat32 && is_bfloat16(x.x) &&
-               is_bfloat16(x.B) && is_bfloat16(x.C);
+  static_cast<Shape&>(p) = check_ssd(x);
+  p.bfloat16 = isa() == Isa::kAvx512Bf16 && is_bfloat16(x, p);
   return p;
 }
 
-Sequences find_sequences(const Operands& x, const Problem& p) {
+Sequences find_sequences(const SsdOperands& x, const Problem& p) {
   Sequences found =
       sequences(p.batch, p.seqlen, x.seq_idx, x.cu_seqlens, x.initial_states, 4, p.reverse);
-  if (x.initial_states && found.slots_by_id) {
-    check_shape("initial_states", *x.initial_states, "(batch, sequence, head, headdim, state)",
-                {p.batch, x.initial_states->size(1), p.heads, p.headdim, p.state});
-  } else if (x.initial_states) {
-    check_shape("initial_states", *x.initial_states,
-                x.cu_seqlens ? "(sequence, head, headdim, state)" : "(batch, head, headdim, state)",
-                {found.slots, p.heads, p.headdim, p.state});
-  }
+  check_initial_states(x, p, found.slots, found.slots_by_id);
   return found;
 }
 
-// (batch, sequence, head, headdim, state) or (slot, head, headdim, state)
 Sizes state_sizes(const Problem& p, const Sequences& found) {
-  if (!found.slots_by_id) return {found.slots, p.heads, p.headdim, p.state};
-  const int64_t sequences = p.batch == 0 ? 0 : found.slots / p.batch;
-  return {p.batch, sequences, p.heads, p.headdim, p.state};
-}
-
-// (slot, head, headdim, state) of a contiguous tensor of states that may have an axis of sequences.
-View<4> slot_view(const char* name, const Tensor& t) {
-  View<4> v;
-  v.data = t.data_ptr();
-  v.dtype = float_dtype(name, t);
-  const int64_t first = t.dim() - 4;
-  for (int i = 0; i < 4; ++i) v.stride[i] = t.stride(first + i);
-  return v;
-}
-
-OptionalTensor contiguous(const OptionalTensor& t) {
-  return t ? OptionalTensor(torch::stable::contiguous(*t)) : t;
-}
-
-template <class Params>
-void fill(Params& params, const Operands& x) {
-  params.x = view<4>("x", x.x);
-  params.z = view<4>("z", x.z);
-  params.dt = x.log_decay ? view<3>("log_decay", x.log_decay) : view<3>("dt", x.dt);
-  params.A = view<1>("A", x.A);
-  params.dt_bias = view<1>("dt_bias", x.dt_bias);
-  params.B = view<4>("B", x.B);
-  params.C = view<4>("C", x.C);
-  if (!x.D) return;
-  params.D.data = x.D->data_ptr();
-  params.D.dtype = float_dtype("D", *x.D);
-  params.D.stride[0] = x.D->stride(0);
-  params.D.stride[1] = x.D->dim() == 2 ? x.D->stride(1) : 0;
+  return ssd_state_sizes(p, found.slots, found.slots_by_id);
 }
 
 // Heads that share a task, at most 8: by then B, C and C B^T cost a few percent of a head's own
@@ -160,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ssd_scan_fwd(
     bool shift_output, int64_t chunk, std::optional<ScalarType> out_dtype, bool return_final_states,
     bool return_chunk_states, bool save_cell_states) {
   const OptionalTensor h0 = contiguous(initial_states);
-  const Operands in{
+  const SsdOperands in{
       x,  dt,      A,          B,           C,      D,      z,       dt_bias,      log_decay,
       h0, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, reverse, shift_output, chunk};
   FwdParams p{};
@@ -168,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ssd_scan_fwd(
   const Sequences found = find_sequences(in, p);
   p.segments = &found.segments;
   fill(p, in);
-  if (h0) p.initial_state = slot_view("initial_states", *h0);
+  if (h0) p.initial_state = ssd_slot_view("initial_states", *h0);
   // How many heads share a task does not show in the forward's result.
   p.heads_per_task = heads_per_task(p, found.segments.rows(), 2 * torch::stable::get_num_threads());
 
@@ -182,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ssd_scan_fwd(
       empty(x, save_cell_states ? Sizes{p.batch, p.cells(), p.heads, p.state, p.headdim} : Sizes{0},
             scalar_type(p.cell_dtype()));
   p.y = view<4>("out_dtype", y);
-  if (return_final_states) p.last_state = slot_view("final_states", final_states);
+  if (return_final_states) p.last_state = ssd_slot_view("final_states", final_states);
   if (return_chunk_states) p.chunk_states = view<5>("chunk_states", chunk_states);
   if (save_cell_states) p.cell_states = cell_states.data_ptr();
   run_tasks([](const FwdParams& q, const Range& r) { fwd(q, r); }, p, p.tasks(), p.scratch_bytes());
@@ -247,7 +137,7 @@ BwdResult ssd_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dfinal_st
                        bool dt_softplus, double dt_min, double dt_max, bool reverse,
                        bool shift_output, int64_t chunk) {
   const OptionalTensor h0 = contiguous(initial_states), dlast = contiguous(dfinal_states);
-  const Operands in{
+  const SsdOperands in{
       x,  dt,      A,          B,           C,      D,      z,       dt_bias,      log_decay,
       h0, seq_idx, cu_seqlens, dt_softplus, dt_min, dt_max, reverse, shift_output, chunk};
   BwdParams p{};
@@ -255,19 +145,9 @@ BwdResult ssd_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dfinal_st
   const Sequences found = find_sequences(in, p);
   p.segments = &found.segments;
   fill(p, in);
-  check_shape("cell_states", cell_states, "(batch, cell, head, state, headdim)",
-              {p.batch, p.cells(), p.heads, p.state, p.headdim});
-  if (float_dtype("cell_states", cell_states) != p.cell_dtype()) {
-    fail("cell_states must be of the dtype that the forward saved");
-  }
-  if (dy) check_shape("dy", *dy, "(batch, seqlen, head, headdim)", sizes_of(x));
-  if (dlast) check_shape("dfinal_states", *dlast, "of final_states", state_sizes(p, found));
-  if (dchunk_states) {
-    check_shape("dchunk_states", *dchunk_states, "(batch, chunk, head, headdim, state)",
-                {p.batch, p.chunks(), p.heads, p.headdim, p.state});
-  }
-  if (h0) p.initial_state = slot_view("initial_states", *h0);
-  if (dlast) p.dlast_state = slot_view("dfinal_states", *dlast);
+  check_ssd_gradients(in, p, dy, dlast, dchunk_states, cell_states, state_sizes(p, found));
+  if (h0) p.initial_state = ssd_slot_view("initial_states", *h0);
+  if (dlast) p.dlast_state = ssd_slot_view("dfinal_states", *dlast);
   p.cell_states = cell_states.data_ptr();
   p.dy = view<4>("dy", dy);
   p.dchunk_states = view<5>("dchunk_states", dchunk_states);
@@ -287,7 +167,7 @@ BwdResult ssd_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dfinal_st
   p.dx = view<4>("dx", dx);
   p.ddt = log_decay ? view<3>("dlog_decay", dlog_decay) : view<3>("ddt", ddt);
   if (z) p.dz = view<4>("dz", dz);
-  if (h0) p.dinitial_state = slot_view("dinitial_states", dh0);
+  if (h0) p.dinitial_state = ssd_slot_view("dinitial_states", dh0);
 
   const int64_t groups = p.row_groups(), parts = p.tasks_per_group();
   const Sizes per_task = parts == 1 ? Sizes{0} : Sizes{parts, p.batch, p.groups, p.seqlen, p.state};

@@ -34,4 +34,12 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+int64_t shared_bytes(int32_t device) {
+  int bytes = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+  return bytes;
+}
+
 }  // namespace statescan::bindings

@@ -31,6 +31,14 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// The thread's lane in its warp, found out anew at every call: what is computed from it is not carried
+// in registers through a loop that has better use for them.
+__device__ __forceinline__ int lane() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
 // 2^x to 2 units in the last place; subnormal results are 0.
 __device__ __forceinline__ float ex2(float x) {
   float y;

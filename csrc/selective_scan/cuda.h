@@ -90,14 +90,8 @@ struct Plan {
 };
 Plan plan(const Shape& p, bool all_states);
 
-// A strided copy of states (slot, dim, state); no source: zeros.
-void copy_states(const View<3>& from, const View<3>& to, int64_t slots, int64_t dim, int64_t state,
-                 cudaStream_t stream);
 // Fills Inputs::marks (and the ends of sequences).
 void find_marks(const Inputs& p, cudaStream_t stream);
-// out = the sum of `parts` pieces, in their order.
-void add_up(const void* partial, DType compute, int64_t parts, const int64_t (&size)[4],
-            const View<4>& out, cudaStream_t stream);
 
 // Fills Inputs::access and what follows it.
 void find_access(Inputs& p);

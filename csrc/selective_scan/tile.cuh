@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/device_view.cuh"
+#include "common/marks.cuh"
 #include "common/scalar.cuh"
 #include "common/shared.cuh"
 #include "selective_scan/cuda.h"
@@ -16,14 +17,6 @@ namespace statescan::selective_scan::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
-// What a token is, in the order of the scan.
-enum Mark : int {
-  kPadding = 1,
-  kStart = 2,     // the state starts anew
-  kFromSlot = 4,  // ... from an initial state
-  kToSlot = 8,    // the state after it is a last state
-};
 
 template <class R_, int kChannelsOfLane, int kStatesOfLane, int kLanes, int kWarpsOfBlock,
           bool kAny_>
@@ -198,12 +191,6 @@ __device__ __forceinline__ void store_states(typename C::R* row, bool by_state, 
                 [&](typename C::R* to, int c, int s) { *to = h[c][s]; });
 }
 
-// The slot of a token whose mark says that there is one.
-__device__ __forceinline__ int64_t slot_of(const Inputs& p, int64_t b, int64_t t) {
-  if (p.sequences.offsets) return run_at(p.sequences, b, t, 0, false).slot;
-  return p.slots_per_row > 0 ? b * p.slots_per_row + p.sequences.ids.at(b, t) : b;
-}
-
 // Of a tile, for all threads. Two of them take turns, so that no thread has to wait before it
 // begins the next.
 struct TileInfo {
@@ -299,7 +286,9 @@ __device__ __forceinline__ bool begin_tile(const Inputs& p, const Task& task, in
     if (t < kSteps) {
       const int step = in_scan(p, t);
       info.mark[step] = mark;
-      info.slot[step] = mark & (kFromSlot | kToSlot) ? slot_of(p, task.b, span.begin + t) : 0;
+      info.slot[step] = mark & (kFromSlot | kToSlot)
+                            ? marked_slot(p.sequences, p.slots_per_row, task.b, span.begin + t)
+                            : 0;
     }
   }
   return __syncthreads_or(mark & (kStart | kToSlot)) != 0;  // operands and marks are in place

@@ -110,7 +110,7 @@ __global__ void scalars_kernel(const float* x, float* y, uint32_t* pair) {
   y[2 * i] = ptx::ex2(x[i]);
   y[2 * i + 1] = ptx::rcp(x[i]);
   pair[2 * i] = ptx::pack_bf16(x[i], -x[i]);
-  pair[2 * i + 1] = ptx::pack_f16(x[i], ptx::f16_to_float(uint16_t(0x3c00 + i)));
+  pair[2 * i + 1] = ptx::pack_f16(x[i], ptx::f16_to_float(uint16_t(0x3c00 + ptx::lane())));
 }
 
 void scalars(int) {

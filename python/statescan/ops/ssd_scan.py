@@ -48,10 +48,11 @@ def ssd_scan(
 
     Computed in chunks by matrix products, in float32 whatever the dtypes, which may differ from one
     argument to the next (in float64 if any of them is float64, for gradient checks). On a machine
-    with bfloat16 products (AVX512_BF16) and where x, B and C are all bfloat16, the factors of
-    products (state, scores) are rounded to bfloat16, sums and states stay float32;
-    ``STATESCAN_ISA=avx512`` in the environment keeps the factors too. Any strides are read as they
-    are, and ``y`` comes back in the memory order of ``x``. Autocast does not change the operator.
+    with bfloat16 products (AVX512_BF16, or a GPU for up to 256 states) and where x, B and C are all
+    bfloat16, the factors of products (state, scores) are rounded to bfloat16, sums and states stay
+    float32; on a CPU ``STATESCAN_ISA=avx512`` in the environment keeps the factors too. Any strides
+    are read as they are, and ``y`` comes back in the memory order of ``x``. Autocast does not
+    change the operator.
 
     Args:
         x: input, (batch, seqlen, head, headdim), float32, float16 or bfloat16. seqlen may be 0.
@@ -110,7 +111,10 @@ def ssd_scan(
     x, or half of that. Nothing of size (seqlen, seqlen) or (seqlen, headdim, state) is ever
     allocated. The backward works in partial sums of dB and dC,
     8 * state bytes for each token, group and block of 8 heads of a group if there is more than one
-    (of fewer heads in a batch of few sequences).
+    (of fewer heads in a batch of few sequences; on a GPU only where a batch is too small for it).
+
+    On a GPU the values of ``seq_idx`` and ``cu_seqlens`` are not checked: wrong ones give wrong
+    numbers.
     """
     _register.check_floats(
         x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, log_decay=log_decay,
@@ -147,13 +151,10 @@ def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _rounds_factors(compute: torch.dtype, *tensors: Tensor) -> bool:
+def _rounds_factors(compute: torch.dtype, x: Tensor, B: Tensor, C: Tensor) -> bool:
     """Whether products are of bfloat16 numbers, and the states to be saved with them."""
-    return (
-        _C.isa() == "avx512_bf16"
-        and compute == torch.float32
-        and all(x.dtype == torch.bfloat16 for x in tensors)
-    )
+    can = B.shape[3] <= 256 if x.is_cuda else _C.isa() == "avx512_bf16"
+    return can and compute == torch.float32 and all(t.dtype == torch.bfloat16 for t in (x, B, C))
 
 
 @torch.library.register_fake("statescan::ssd_scan_fwd")

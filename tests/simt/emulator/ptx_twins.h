@@ -7,6 +7,7 @@
 namespace statescan::ptx {
 
 inline int opaque(int x) { return x; }
+inline int lane() { return int(simt::here->lane); }
 
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
 inline float ex2(float x) { return flush(std::exp2(flush(x))); }

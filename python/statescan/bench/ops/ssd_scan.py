@@ -23,7 +23,10 @@ def case(name: str, B: int, L: int, H: int, P: int, N: int, G: int = 1, **flags:
 PRESETS = {
     "targets": (case("Mamba-2 130M layer", 1, 2048, 24, 64, 128),),
     "quick": (case("small Mamba-2 layer", 1, 256, 8, 32, 64),),
-    "gpu": (case("Mamba-2 2.7B", 8, 8192, 64, 64, 128),),
+    "gpu": (
+        case("Mamba-2 2.7B", 8, 8192, 64, 64, 128),
+        case("one sequence, few heads", 1, 8192, 8, 64, 128),
+    ),
     "sweep": tuple(case("long sequence", 1, 10**n, 2, 64, 128) for n in (3, 4, 5, 6)),
     "mamba": (
         case("Mamba-2 2.7B", 1, 2048, 80, 64, 128),

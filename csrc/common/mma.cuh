@@ -1,0 +1,92 @@
+// 16-bit tiles in shared memory as operands of tensor cores: what each lane of a warp loads for a
+// product of 16 rows by 16 columns over a depth of 16. See ptx.cuh for the fragments.
+//
+// A tile is [row][column] with a pitch of 8 more than a multiple of 16, so that the eight 16-byte
+// rows of a matrix lie in different banks.
+#pragma once
+
+#include "common/half.h"
+#include "common/ptx.cuh"
+#include "common/shared.cuh"
+
+namespace statescan {
+
+inline constexpr int kTilePad = 8;
+
+struct Left {  // rows by depth
+  uint32_t a[4];
+};
+struct Right {  // depth by 16 columns, as two halves of 8
+  uint32_t b[4];
+};
+struct Product {  // 16 rows by 16 columns, as two halves of 8; see at()
+  float d[2][4] = {};
+
+  // f(row, column, number) for the lane's eight numbers.
+  template <class F>
+  __device__ __forceinline__ void for_each(F&& f) {
+    const int lane = ptx::lane();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        f(lane / 4 + i / 2 * 8, 8 * h + lane % 4 * 2 + i % 2, d[h][i]);
+      }
+    }
+  }
+};
+
+// From a tile of [row][depth], or of [depth][row].
+__device__ __forceinline__ Left left_of(const BFloat16* tile, int pitch) {
+  const int lane = ptx::lane();
+  Left x;
+  ptx::ldmatrix_x4(x.a, tile + lane % 16 * pitch + lane / 16 * 8);
+  return x;
+}
+__device__ __forceinline__ Left left_of_transposed(const BFloat16* tile, int pitch) {
+  const int lane = ptx::lane();
+  Left x;
+  ptx::ldmatrix_x4_trans(x.a, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+  return x;
+}
+
+// From a tile of [depth][column], or of [column][depth].
+__device__ __forceinline__ Right right_of(const BFloat16* tile, int pitch) {
+  const int lane = ptx::lane();
+  Right x;
+  ptx::ldmatrix_x4_trans(x.b, tile + lane % 16 * pitch + lane / 16 * 8);
+  return x;
+}
+__device__ __forceinline__ Right right_of_transposed(const BFloat16* tile, int pitch) {
+  const int lane = ptx::lane();
+  Right x;
+  ptx::ldmatrix_x4(x.b, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+  return x;
+}
+
+// A product, rounded, as the left operand of another: the lanes hold what they need already.
+__device__ __forceinline__ Left as_left(const Product& x) {
+  return {{ptx::pack_bf16(x.d[0][0], x.d[0][1]), ptx::pack_bf16(x.d[0][2], x.d[0][3]),
+           ptx::pack_bf16(x.d[1][0], x.d[1][1]), ptx::pack_bf16(x.d[1][2], x.d[1][3])}};
+}
+
+__device__ __forceinline__ void multiply(Product& sum, const Left& x, const Right& y) {
+  const uint32_t halves[2][2] = {{y.b[0], y.b[1]}, {y.b[2], y.b[3]}};
+  ptx::mma_16x8x16_bf16(sum.d[0], x.a, halves[0]);
+  ptx::mma_16x8x16_bf16(sum.d[1], x.a, halves[1]);
+}
+
+// Rounded into a tile of [row][column].
+__device__ __forceinline__ void store_rounded(const Product& x, BFloat16* tile, int pitch) {
+  const int lane = ptx::lane();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      BFloat16* to = tile + (lane / 4 + i * 8) * pitch + 8 * h + lane % 4 * 2;
+      *reinterpret_cast<uint32_t*>(to) = ptx::pack_bf16(x.d[h][2 * i], x.d[h][2 * i + 1]);
+    }
+  }
+}
+
+}  // namespace statescan

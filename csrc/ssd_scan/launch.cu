@@ -1,0 +1,85 @@
+// Which kernels a call of the SSD scan consists of, and the states between the parts of a sequence.
+#include <algorithm>
+
+#include "common/divisor.h"
+#include "common/launch.h"
+#include "ssd_scan/kinds.h"
+
+namespace statescan::ssd_scan::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+// Thread: one number of the state of a head, along all parts. The end of the walk through each part
+// becomes what enters the next one; the first part's already is.
+template <class R>
+__global__ __launch_bounds__(kThreads) void carry_kernel(const WalkParams p, Divisor state_size,
+                                                         int64_t tasks) {
+  R* carry = static_cast<R*>(p.carry);
+  const R* factor = static_cast<const R*>(p.factor);
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < tasks;
+       i += int64_t(gridDim.x) * kThreads) {
+    int64_t element;
+    const int64_t row = state_size.divide(i, element), rows = p.batch * p.heads;
+    R S = carry[tasks + i];
+    for (int64_t part = 2; part < p.parts; ++part) {
+      const R a = factor[part * rows + row], walked = carry[part * tasks + i];
+      S = a < 0 ? walked : a * S + walked;
+      carry[part * tasks + i] = S;
+    }
+  }
+}
+
+void walk_once(const WalkParams& p, cudaStream_t stream) {
+  has_tensor_walk(p) ? tensor_walk(p, stream) : plain_walk(p, stream);
+}
+
+void find_carries(WalkParams p, cudaStream_t stream) {
+  p.summarize = true;
+  walk_once(p, stream);
+  const int64_t tasks = p.batch * p.heads * p.state * p.headdim;
+  auto run = [&](auto* type) {
+    launch("ssd_scan carry", carry_kernel<std::remove_pointer_t<decltype(type)>>,
+           blocks_for(tasks, kThreads), kThreads, 0, stream, p, Divisor(p.state * p.headdim),
+           tasks);
+  };
+  p.compute == DType::kFloat64 ? run(static_cast<double*>(nullptr))
+                               : run(static_cast<float*>(nullptr));
+}
+
+int64_t part(int64_t whole, int64_t by) { return (whole + by - 1) / by; }
+
+}  // namespace
+
+Room walk_room(const WalkParams& p) {
+  return has_tensor_walk(p) ? Room{0, 0, true} : plain_walk_room(p);
+}
+Room gradient_room(const GradientParams& p) {
+  return has_tensor_gradients(p) ? Room{0, 0, true} : plain_gradient_room(p);
+}
+
+// Two blocks to each of 132 multiprocessors keep them busy. Fewer: sequences are cut into parts of at
+// least 4 cells. It costs a second update of the states.
+int64_t parts_of(const Shape& p) {
+  const int64_t tasks = p.batch * p.heads * part(p.headdim, 64);
+  if (tasks == 0 || tasks >= 2 * 132) return 1;
+  return std::max<int64_t>(1, std::min(part(2 * 132, tasks), p.cells() / 4));
+}
+
+int64_t heads_of_task(const Shape& p) {
+  const int64_t tasks = std::max<int64_t>(p.batch * p.cells() * p.groups, 1);
+  const int64_t parts = std::min(part(2 * 132, tasks), std::max<int64_t>(p.group_heads(), 1));
+  return std::max<int64_t>(part(p.group_heads(), parts), 1);
+}
+
+void walk(const WalkParams& p, cudaStream_t stream) {
+  if (p.batch * p.heads * p.headdim * p.seqlen == 0) return;
+  if (p.parts > 1) find_carries(p, stream);
+  walk_once(p, stream);
+}
+
+void gradients(const GradientParams& p, cudaStream_t stream) {
+  has_tensor_gradients(p) ? tensor_gradients(p, stream) : plain_gradients(p, stream);
+}
+
+}  // namespace statescan::ssd_scan::cuda

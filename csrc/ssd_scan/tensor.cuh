@@ -1,0 +1,157 @@
+// What the SSD scan's kernels on tensor cores share: how operands come to shared memory as tiles of 64
+// steps, bfloat16, and how results leave.
+#pragma once
+
+#include "common/mma.cuh"
+#include "ssd_scan/decays.cuh"
+
+namespace statescan::ssd_scan::cuda {
+
+inline constexpr int kSteps = int(kTile);
+
+// A tile of kSteps or more rows.
+template <int kRows, int kColumns>
+struct Tile {
+  static constexpr int kPitch = kColumns + kTilePad;
+  alignas(16) SharedArray<BFloat16, kRows * kPitch> element;
+
+  __device__ __forceinline__ BFloat16* at(int row, int column) {
+    return &element[row * kPitch + column];
+  }
+  // 8 neighbours, moved at once.
+  __device__ __forceinline__ uint4& pack(int row, int column) {
+    return *reinterpret_cast<uint4*>(at(row, column));
+  }
+};
+
+__device__ __forceinline__ int round_up(int x, int by) { return (x + by - 1) / by * by; }
+
+// Part of a tensor (batch, seqlen, head or group, ...): columns [first, first + columns) of a head at
+// the steps of a piece.
+struct Slice {
+  const char* data;
+  DType dtype;
+  int64_t step, column;  // strides
+  int columns;
+  bool packed;  // 8 neighbours are 16 bytes that may be moved at once
+
+  __device__ __forceinline__ Slice(const View<4>& x, const Piece& piece, int64_t head,
+                                   int64_t first, int columns)
+      : dtype(x.dtype), step(piece.step * x.stride[1]), column(x.stride[3]), columns(columns) {
+    const int64_t at = piece.b * x.stride[0] + piece.begin * x.stride[1] + head * x.stride[2] +
+                       first * x.stride[3];
+    data = static_cast<const char*>(x.data) + at * element_bytes(dtype);
+    packed = element_bytes(dtype) == 2 && column == 1 && step % 8 == 0 &&
+             reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  }
+
+  __device__ __forceinline__ int64_t offset(int row, int i) const {
+    return row * step + i * column;
+  }
+  __device__ __forceinline__ bool is_pack(int i) const { return packed && i + 8 <= columns; }
+  __device__ __forceinline__ uint4 pack(int row, int i) const {
+    return *reinterpret_cast<const uint4*>(data + 2 * offset(row, i));
+  }
+  __device__ __forceinline__ float number(int row, int i) const {
+    return load_element<float>(data, dtype, offset(row, i));
+  }
+};
+
+// Sets 16 bits of a pack, which was 0, without an array that would have to be in memory.
+__device__ __forceinline__ void set_element(uint4& v, int j, uint16_t bits) {
+  const uint32_t pair = uint32_t(bits) << j % 2 * 16;
+  v.x |= j / 2 == 0 ? pair : 0, v.y |= j / 2 == 1 ? pair : 0;
+  v.z |= j / 2 == 2 ? pair : 0, v.w |= j / 2 == 3 ? pair : 0;
+}
+
+// Rows of a bfloat16 tensor into a tile, columns up to a multiple of 16; rows and columns that are not
+// there are 0. With `shift`, row i holds step i - 1, which before a sequence is 0.
+template <class Tile>
+__device__ __forceinline__ void load_tile(const Slice& x, const Piece& piece, int shift, Tile& tile,
+                                          int thread, int threads) {
+  const unsigned packs = unsigned(round_up(x.columns, 16) / 8);
+#pragma unroll 2
+  for (unsigned k = unsigned(thread); k < kSteps * packs; k += unsigned(threads)) {
+    const int row = int(k / packs), i = int(k % packs) * 8;
+    const bool there = row < piece.rows && (row >= shift || !piece.first);
+    uint4 v{};
+    if (there && x.is_pack(i)) {
+      v = x.pack(row - shift, i);
+    } else if (there) {
+#pragma unroll 1
+      for (int j = 0; j < 8 && i + j < x.columns; ++j) {
+        const auto* bits = reinterpret_cast<const uint16_t*>(x.data);
+        set_element(v, j, bits[x.offset(row - shift, i + j)]);
+      }
+    }
+    tile.pack(row, i) = v;
+  }
+}
+
+__device__ __forceinline__ void unpack(const uint4& v, DType dtype, float (&x)[8]) {
+  if (dtype == DType::kBFloat16) return Pack<BFloat16, 8>{v}.unpack(x);
+  Pack<Half, 8>{v}.unpack(x);
+}
+
+// 8 numbers of a row from column i on; 0 where there is none.
+__device__ __forceinline__ void load_numbers(const Slice& x, int row, int i, float (&v)[8]) {
+  if (x.is_pack(i)) return unpack(x.pack(row, i), x.dtype, v);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v[j] = 0;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (i + j < x.columns) v[j] = x.number(row, i + j);
+  }
+}
+
+// The gradient of y before the gate, rounded, into a tile: dy silu(z).
+template <class Tile>
+__device__ __forceinline__ void load_ungated(const Inputs& p, const Piece& piece, int64_t head,
+                                             int64_t first, int columns, Tile& tile, int thread,
+                                             int threads) {
+  if (p.dy && !p.z && p.dy.dtype == DType::kBFloat16) {
+    return load_tile(Slice(p.dy, piece, head, first, columns), piece, 0, tile, thread, threads);
+  }
+  const unsigned packs = unsigned(round_up(columns, 16) / 8);
+#pragma unroll 1
+  for (unsigned k = unsigned(thread); k < kSteps * packs; k += unsigned(threads)) {
+    const int row = int(k / packs), i = int(k % packs) * 8;
+    float v[8] = {};
+    if (p.dy && row < piece.rows) {
+      load_numbers(Slice(p.dy, piece, head, first, columns), row, i, v);
+      if (p.z) {
+        float z[8];
+        load_numbers(Slice(p.z, piece, head, first, columns), row, i, z);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[j] *= silu(z[j]);
+      }
+    }
+    tile.pack(row, i) = Pack<BFloat16, 8>::of(v).bits;
+  }
+}
+
+// Two neighbouring numbers of a row of a result, of any dtype: of 16 bits at once where they may be.
+__device__ __forceinline__ void store_pair(const Slice& x, int row, int i, float a, float b) {
+  char* data = const_cast<char*>(x.data);
+  if (x.packed && i + 1 < x.columns) {
+    *reinterpret_cast<uint32_t*>(data + 2 * x.offset(row, i)) =
+        x.dtype == DType::kBFloat16 ? ptx::pack_bf16(a, b) : ptx::pack_f16(a, b);
+    return;
+  }
+  if (i < x.columns) store_element(data, x.dtype, x.offset(row, i), a);
+  if (i + 1 < x.columns) store_element(data, x.dtype, x.offset(row, i + 1), b);
+}
+__device__ __forceinline__ void load_pair(const Slice& x, int row, int i, float& a, float& b) {
+  a = b = 0;
+  if (x.packed && i + 1 < x.columns) {
+    const uint32_t pair = *reinterpret_cast<const uint32_t*>(x.data + 2 * x.offset(row, i));
+    const bool is_bf16 = x.dtype == DType::kBFloat16;
+    a = is_bf16 ? bits_to_float(pair << 16) : to_number(Half{uint16_t(pair)});
+    b = is_bf16 ? bits_to_float(pair & 0xffff0000u) : to_number(Half{uint16_t(pair >> 16)});
+    return;
+  }
+  if (i < x.columns) a = x.number(row, i);
+  if (i + 1 < x.columns) b = x.number(row, i + 1);
+}
+
+}  // namespace statescan::ssd_scan::cuda
