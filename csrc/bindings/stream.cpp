@@ -4,6 +4,8 @@
 
 #include <stdexcept>
 
+#include "common/launch.h"
+
 namespace statescan::bindings {
 namespace {
 
@@ -32,6 +34,14 @@ cudaStream_t current_stream(int32_t device) {
                              std::to_string(device));
   }
   return static_cast<cudaStream_t>(stream);
+}
+
+int64_t shared_memory_of_block(const Tensor& t) {
+  int bytes = 0;
+  const cudaError_t error =
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index());
+  check_cuda("shared memory of a block", error, cudaGetErrorString(error));
+  return bytes;
 }
 
 }  // namespace statescan::bindings

@@ -7,8 +7,6 @@ from statescan.ops import _register
 from statescan.ops.route_gather import RouteTable, route_gather
 from statescan.routes import Routes
 
-CHUNK = 128  # steps between two saved states; see docs/selective_scan_2d.md
-
 
 def selective_scan_2d(
     u: Tensor,
@@ -133,13 +131,21 @@ def selective_scan_2d(
         x is not None and x.requires_grad for x in inputs
     )
     y, last_state, _ = torch.ops.statescan.selective_scan_2d_fwd(
-        *inputs, index, reset_period, carry, delta_softplus, merge != "none", out_dtype, CHUNK,
-        differentiate,
+        *inputs, index, reset_period, carry, delta_softplus, merge != "none", out_dtype,
+        chunk_size(u, index.shape[2], _compute_dtype(*inputs)), differentiate,
     )  # fmt: skip
     y = y if merge == "none" else y.squeeze(1)
     if len(token_shape) == 2:
         y = y.unflatten(-1, token_shape)
     return (y, last_state) if return_last_state else y
+
+
+def chunk_size(u: Tensor, steps: int, dtype: torch.dtype) -> int:
+    """Steps between two saved states, see docs/selective_scan_2d.md. On a GPU a tile of the kernels,
+    32 lanes with 2 or with 8 steps each."""
+    if not u.is_cuda:
+        return 128
+    return 64 if steps <= 64 or dtype == torch.float64 else 256
 
 
 def _check_options(merge: str, weights: Tensor | None, operand_order: str, z: Tensor | None):
@@ -178,7 +184,9 @@ def _index(routes: RouteTable, u: Tensor) -> tuple[Tensor, int, bool]:
             raise ValueError(
                 f"routes are for {routes.length} tokens, and u has {u.shape[-1]}: {list(u.shape)}"
             )
-        return routes.index[None], routes.reset_period, routes.carry
+        # Without the look-up by device where it can be done without: torch.compile traces this.
+        index = routes.index_on(u.device) if u.is_cuda else routes.index
+        return index[None], routes.reset_period, routes.carry
     if routes.dim() not in (1, 2, 3):
         raise ValueError(
             f"routes must have shape (T), (K, T) or (batch, K, T), got {list(routes.shape)}"

@@ -1,0 +1,473 @@
+// Backward of the selective scan along routes on the GPU. Blocks and warps are those of the forward
+// (tile.cuh); routes and their tiles are walked from the last to the first, each tile from the state
+// that the forward saved for it: once forward for h, then back.
+//
+//   map --u, dy--> planes --gather--> scan forward, scan back --add--> planes of du (and y) --> map
+//                                       | ddelta, dB, dC of every channel
+//                                       v
+//             summed over the channels of the block: dB, dC, ddt, written once for each tile
+//
+// Sums over blocks of channels, batch elements and routes follow in a fixed order. Nothing is atomic.
+//
+// Grid over (batch, block of channels). Shared memory: rows, shares, tables of each channel (A, dh, dA,
+// dt_weight, ddt_weight), planes of u, dy, du and with a gate y.
+#include "common/launch.h"
+#include "selective_scan_2d/tile.cuh"
+
+namespace statescan::selective_scan_2d::cuda {
+namespace {
+
+using selective_scan::step_vjp;
+
+// What each warp's channel adds to dB and dC of a state, and its ddelta, (which, warp, step).
+enum Share { kDB, kDC, kDDelta, kShares };
+template <class C>
+__device__ __forceinline__ typename C::R* share_of(const Memory<C>& memory, int which, int warp) {
+  return memory.share + (which * kWarps + warp) * C::kSteps;
+}
+
+// A warp's channel on a route.
+template <class C>
+struct Walk {
+  using R = typename C::R;
+  using Items = typename C::Items;
+  const BwdParams& p;
+  const Memory<C>& memory;
+  int64_t b, route, channel;
+  int warp, lane;
+  R *A, *dh, *dA;                    // (state)
+  R *dt_weight, *ddt_weight;         // (rank)
+  R *u, *dy, *du, *y;                // planes; y is null without a gate
+  R dD = 0, dbias = 0, dweight = 0;  // of the lane's steps
+
+  __device__ __forceinline__ void begin_route() {
+    load_table<R>(p.A, route, channel, p.state, R(kLog2e), lane, A);
+    load_table<R>(p.dt_weight, route, channel, p.rank, R(1), lane, dt_weight);
+    load_states(View<4>{}, b, route, channel, p.state, lane, dA);
+    load_states(View<4>{}, b, route, channel, p.rank, lane, ddt_weight);
+    if (!p.carry || route + 1 == p.routes) {
+      load_states(p.dlast_state, b, p.carry ? 0 : route, channel, p.state, lane, dh);
+    } else if (p.reset_period > 0) {
+      load_states(View<4>{}, b, route, channel, p.state, lane, dh);
+    }
+    dD = dbias = dweight = 0;
+    __syncwarp();  // the tables are complete
+  }
+
+  __device__ __forceinline__ void end_route() {
+    __syncwarp();  // the tables are complete
+    if (p.dinitial_state && (!p.carry || route == 0)) {
+      store_states(p.dinitial_state, b, route, channel, p.state, lane, dh);
+    }
+    const int64_t row = (b * p.routes + route) * p.dim + channel;
+    auto table = [&](void* to, const R* from, int64_t count) {
+#pragma unroll 1
+      for (int64_t i = lane; i < count; i += 32) static_cast<R*>(to)[row * count + i] = from[i];
+    };
+    table(p.dA, dA, p.state);
+    if (p.rank > 0) table(p.ddt_weight, ddt_weight, p.rank);
+    auto sum = [&](void* to, R x) {
+      x = sum_over_warp(x);
+      if (lane == 0) static_cast<R*>(to)[row] = x;
+    };
+    if (p.D) sum(p.dD, dD);
+    if (p.delta_bias) sum(p.ddelta_bias, dbias);
+    if (p.weights) sum(p.dweights, dweight);
+  }
+
+  __device__ __forceinline__ R saved_state(const Tile& tile, int64_t n) const {
+    const int64_t row = (b * p.routes + route) * p.chunks() + tile.begin / p.chunk;
+    return static_cast<const R*>(p.chunk_states)[(row * p.state + n) * p.dim + channel];
+  }
+};
+
+// A lane's steps of a tile.
+template <class C>
+struct Steps {
+  using Items = typename C::Items;
+  int at[C::kItems];
+  unsigned starts;
+  Items delta, slope, u, dy;  // dy times the route's weight
+  Items d_delta, d_delta_u;
+  typename C::R y[C::kFast ? 1 : C::kItems];  // sums over states
+};
+
+// One state along a tile, and back. h: before the tile; dh: after it, returned before it.
+template <class C>
+__device__ __forceinline__ typename C::R walk_state(Walk<C>& w, Steps<C>& s, typename C::R* B_row,
+                                                    typename C::R* C_row, typename C::R A,
+                                                    typename C::R h_first, typename C::R dh_last,
+                                                    typename C::R& dA) {
+  using R = typename C::R;
+  typename C::Items a, h, B, C_t, dB, dC;
+  load_items<C>(B_row, w.lane, B);
+  load_items<C>(C_row, w.lane, C_t);
+  R product = 1, end = 0;
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) {
+    a[j] = decay(s.delta[j], A);
+    if (!C::kFast && s.starts >> j & 1) a[j] = 0;
+    end = advance<C>(a[j], end, s.delta[j] * s.u[j] * B[j]);
+    product *= a[j];
+  }
+  const R before = enter<C, false>(product, end, h_first, w.lane);
+  R back = 0;
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) {
+    h[j] = advance<C>(a[j], j == 0 ? before : h[j == 0 ? 0 : j - 1], s.delta[j] * s.u[j] * B[j]);
+    if constexpr (!C::kFast) s.y[j] += C_t[j] * h[j];
+  }
+#pragma unroll
+  for (int j = C::kItems - 1; j >= 0; --j) {
+    back = advance<C>(a[j], back + C_t[j] * s.dy[j], R(0));
+  }
+  R dh = enter<C, true>(product, back, dh_last, w.lane);
+#pragma unroll
+  for (int j = C::kItems - 1; j >= 0; --j) {
+    const R h_prev = j == 0 ? before : h[j == 0 ? 0 : j - 1];
+    if (!C::kFast && a[j] == 0) {  // nothing of what was before comes through
+      const R g = dh + s.dy[j] * C_t[j];
+      dC[j] = s.dy[j] * h[j], dB[j] = g * s.delta[j] * s.u[j];
+      s.d_delta_u[j] += g * B[j];
+      dh = 0;
+      continue;
+    }
+    step_vjp(a[j], h_prev, h[j], s.delta[j], s.delta[j] * s.u[j], A, B[j], C_t[j], s.dy[j], dh, dA,
+             dB[j], dC[j], s.d_delta[j], s.d_delta_u[j]);
+  }
+  store_items<C>(share_of(w.memory, kDB, w.warp), w.lane, dB);
+  store_items<C>(share_of(w.memory, kDC, w.warp), w.lane, dC);
+  return __shfl_sync(kAllLanes, dh, 0);
+}
+
+// ddelta of the block's channels as delta is given whole.
+template <class C>
+__device__ __forceinline__ void write_ddelta(const BwdParams& p, const Memory<C>& memory,
+                                             const Task& task, const Tile& tile) {
+  using R = typename C::R;
+  const View<4>& x = p.ddelta;
+  const int64_t first = tile.b * x.stride[0] + tile.route * x.stride[1] +
+                        task.channel * x.stride[2] + tile.begin * x.stride[3];
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < task.channels * C::kSteps; i += blockDim.x) {
+    const int c = i / C::kSteps, t = i % C::kSteps;
+    if (t >= tile.steps) continue;
+    const int64_t at = first + c * x.stride[2] + t * x.stride[3];
+    const R ddelta = share_of(memory, kDDelta, c)[in_row<C>(t)];
+    if (p.delta_shared) {  // the routes add up, in their order
+      R* sum = static_cast<R*>(x.data) + at;
+      *sum = tile.route + 1 == p.routes ? ddelta : *sum + ddelta;
+    } else {
+      store_element(x.data, x.dtype, at, ddelta);
+    }
+  }
+}
+
+// ddt, summed over the channels of the block.
+template <class C>
+__device__ __forceinline__ void write_ddt(const BwdParams& p, const Memory<C>& memory,
+                                          const Task& task, const Tile& tile, int64_t row) {
+  using R = typename C::R;
+  const R* dt_weights = memory.table + 3 * p.state;
+#pragma unroll 1
+  for (int t = int(threadIdx.x); t < tile.steps; t += blockDim.x) {
+    R ddelta[kWarps];
+#pragma unroll
+    for (int c = 0; c < kWarps; ++c) {
+      ddelta[c] = c < task.channels ? share_of(memory, kDDelta, c)[in_row<C>(t)] : R(0);
+    }
+#pragma unroll 1
+    for (int64_t r = 0; r < p.rank; ++r) {
+      R sum = 0;
+#pragma unroll
+      for (int c = 0; c < kWarps; ++c) {
+        if (c < task.channels) sum += ddelta[c] * dt_weights[c * p.plan.table + r];
+      }
+      static_cast<R*>(p.ddt)[row * p.rank + r * p.steps + tile.begin + t] = sum;
+    }
+  }
+}
+
+// dB and dC of a state, summed over the channels of the block; after the last state that of delta, too.
+template <class C>
+__device__ __forceinline__ void write_sums(const BwdParams& p, const Memory<C>& memory,
+                                           const Task& task, const Tile& tile, int64_t n) {
+  using R = typename C::R;
+  const int64_t row = ((task.block * p.routes + tile.route) * p.batch + task.b) * p.steps;
+#pragma unroll 1
+  for (int i = int(threadIdx.x); i < 2 * C::kSteps; i += blockDim.x) {
+    const int which = i / C::kSteps, t = i % C::kSteps;
+    if (t >= tile.steps) continue;
+    R sum = 0;
+#pragma unroll
+    for (int c = 0; c < kWarps; ++c) {
+      if (c < task.channels) sum += share_of(memory, which, c)[in_row<C>(t)];
+    }
+    static_cast<R*>(which == kDB ? p.dB : p.dC)[(row + tile.begin + t) * p.state + n] = sum;
+  }
+  if (n + 1 < p.state) return;
+  p.rank == 0 ? write_ddelta(p, memory, task, tile) : write_ddt(p, memory, task, tile, row);
+}
+
+// What has to be known of a step before the walks along states.
+template <class C>
+__device__ __forceinline__ void begin_steps(const Walk<C>& w, const Parameters<typename C::R>& k,
+                                            Steps<C>& s) {
+  using R = typename C::R;
+  const BwdParams& p = w.p;
+  gather<C>(w.u, s.at, s.u);
+  gather<C>(w.dy, s.at, s.dy);
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) {
+    const R x = s.delta[j] + k.bias;
+    const bool skipped = s.at[j] == kSkip;
+    s.slope[j] = skipped ? R(0) : p.delta_softplus ? sigmoid(x) : R(1);
+    s.delta[j] = skipped ? R(0) : step_size(s.delta[j], k.bias, p.delta_softplus);
+    s.dy[j] *= k.weight;
+    s.d_delta[j] = s.d_delta_u[j] = 0;
+    if constexpr (!C::kFast) s.y[j] = k.D * s.u[j];
+  }
+}
+
+// What needs y: the gradients of the weights and of the gate.
+template <class C>
+__device__ __forceinline__ void add_outputs(Walk<C>& w, const Parameters<typename C::R>& k,
+                                            const Tile& tile, Steps<C>& s) {
+  if (w.p.weights) {
+    typename C::Items dy;
+    gather<C>(w.dy, s.at, dy);
+#pragma unroll
+    for (int j = 0; j < C::kItems; ++j) w.dweight += s.y[j] * dy[j];
+  }
+  if (w.y != nullptr) {
+#pragma unroll
+    for (int j = 0; j < C::kItems; ++j) s.y[j] *= k.weight;
+    add_to<C>(w.y, s.at, tile.flags, w.lane, s.y);
+  }
+}
+
+// After the last state: delta becomes ddelta.
+template <class C>
+__device__ __forceinline__ void end_steps(Walk<C>& w, const Parameters<typename C::R>& k,
+                                          const Tile& tile, Steps<C>& s) {
+  using R = typename C::R;
+  typename C::Items du;
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) {
+    du[j] = k.D * s.dy[j] + s.delta[j] * s.d_delta_u[j];
+    s.delta[j] = (s.d_delta[j] * R(kLn2) + s.u[j] * s.d_delta_u[j]) * s.slope[j];
+    w.dD += s.dy[j] * s.u[j];
+    w.dbias += s.delta[j];
+  }
+  add_to<C>(w.du, s.at, tile.flags, w.lane, du);
+  if constexpr (!C::kFast) add_outputs(w, k, tile, s);
+  store_items<C>(share_of(w.memory, kDDelta, w.warp), w.lane, s.delta);
+}
+
+// ddt_weight += sum over the steps of ddelta dt, for the ranks of a pass
+template <class C>
+__device__ __forceinline__ void add_to_dt_weight(Walk<C>& w, const Pass& pass, typename C::R* rows,
+                                                 const typename C::Items& ddelta) {
+  using R = typename C::R;
+#pragma unroll 2
+  for (int r = 0; r < pass.rows; ++r) {
+    typename C::Items dt;
+    load_items<C>(rows + r * C::kSteps, w.lane, dt);
+    R sum = 0;
+#pragma unroll
+    for (int j = 0; j < C::kItems; ++j) sum += ddelta[j] * dt[j];
+    sum = sum_over_warp(sum);
+    if (w.lane == 0) w.ddt_weight[pass.first_row + r] += sum;
+  }
+}
+
+// The states of a pass, one after the other for the whole block: their dB and dC are summed over it.
+// Between the barriers of the first the helpers bring the next rows.
+template <class C, class Stage>
+__device__ __forceinline__ void walk_states(Walk<C>& w, const Parameters<typename C::R>& k,
+                                            const Task& task, const Tile& tile, const Pass& pass,
+                                            bool active, typename C::R* rows, Steps<C>& s,
+                                            Stage&& stage) {
+  using R = typename C::R;
+  const bool mine = active && w.lane < pass.states;  // lane n has what is known of the n-th
+  const int64_t n0 = pass.first_state + w.lane;
+  const R h_of_lane = mine ? w.saved_state(tile, n0) : R(0);
+  const R A_of_lane = mine ? w.A[n0] : R(0);
+  R dh_of_lane = mine ? w.dh[n0] : R(0);
+#pragma unroll 1
+  for (int n = 0; n < pass.states; ++n) {
+    if (active) {
+      R dA = 0;
+      const R dh =
+          walk_state(w, s, rows + (pass.B + n) * C::kSteps, rows + (pass.C + n) * C::kSteps,
+                     __shfl_sync(kAllLanes, A_of_lane, n), __shfl_sync(kAllLanes, h_of_lane, n),
+                     __shfl_sync(kAllLanes, dh_of_lane, n), dA);
+      dA = sum_over_warp(dA);
+      if (w.lane == n) {
+        dh_of_lane = dh;
+        w.dA[n0] += dA;
+      }
+      if (pass.first_state + n + 1 == w.p.state) end_steps(w, k, tile, s);
+    } else if (n == 0) {
+      stage();
+    }
+    __syncthreads();  // the shares of all channels are there
+    write_sums(w.p, w.memory, task, tile, pass.first_state + n);
+    __syncthreads();  // the shares have been read
+  }
+  if (mine) w.dh[n0] = dh_of_lane;
+}
+
+// All tiles of a route from the last to the first, for all channels of the block.
+template <class C>
+__device__ __forceinline__ void walk_route(Walk<C>& w, const Task& task) {
+  using R = typename C::R;
+  const BwdParams& p = w.p;
+  const Passes passes(p, task);
+  const Helpers helpers(task);
+  const bool active = helpers.thread < 0;
+  // Low-rank delta comes once more, for the gradient of its weights, if it does not stay.
+  const int64_t again = p.rank > 0 ? passes.of_delta : 0, count = passes.count + again;
+  auto pass_at = [&](int64_t i) { return passes.at(i < passes.count ? i : i - passes.count); };
+  const int64_t tiles = p.chunks();
+  if (tiles == 0) return;
+  if (!active) {
+    stage_pass<C>(p, tile_at(p, task.b, w.route, tiles - 1), pass_at(0), helpers,
+                  w.memory.buffer(0));
+  }
+  const Parameters<R> k(p, w.route, w.channel);
+  __syncthreads();  // the first rows and the planes are in place
+  int64_t done = 0;
+#pragma unroll 1
+  for (int64_t t = tiles - 1; t >= 0; --t) {
+    const Tile tile = tile_at(p, task.b, w.route, t);
+    Steps<C> s;
+    if (active) {
+      load_places<C>(p, tile, w.lane, s.at);
+      s.starts = find_starts<C>(p, tile, w.lane);
+#pragma unroll
+      for (int j = 0; j < C::kItems; ++j) s.delta[j] = 0;
+    }
+#pragma unroll 1
+    for (int64_t i = 0; i < count; ++i, ++done) {
+      const Pass pass = pass_at(i);
+      const bool back = i >= passes.count, last = i + 1 == count;
+      R* rows = w.memory.buffer(done);
+      auto stage = [&] {
+        if (last && t == 0) return;
+        stage_pass<C>(p, tile_at(p, task.b, w.route, last ? t - 1 : t), pass_at(last ? 0 : i + 1),
+                      helpers, w.memory.buffer(done + 1));
+      };
+      if (active && !back) {
+        if (pass.has_delta) add_delta<C>(p, rows, pass, w.dt_weight, w.channel, w.lane, s.delta);
+        if (passes.completes_delta(i)) begin_steps(w, k, s);
+      }
+      if (pass.has_states) {
+        walk_states(w, k, task, tile, pass, active, rows, s, stage);
+      } else if (!active) {
+        stage();
+      }
+      if (active && p.rank > 0 && pass.has_delta && (back || passes.together)) {
+        add_to_dt_weight(w, pass, rows, s.delta);
+      }
+      __syncthreads();  // these rows have been read, the next are in place
+    }
+  }
+}
+
+// Planes of u, and of the gradient of y before the gate.
+template <class C>
+__device__ __forceinline__ void read_planes(const BwdParams& p, const Task& task, int64_t route,
+                                            typename C::R* u, typename C::R* dy) {
+  const int pitch = p.plan.pitch;
+  const bool first = route + 1 == p.routes;
+  if (first || p.u_per_route) {
+    read_tokens(p.u, task, route, p.tokens, Meet::kAssign, u, pitch);
+  }
+  if (!first && !p.y_per_route) return;
+  if (!p.dy) return clear_planes<C>(dy, int64_t(task.channels) * pitch);
+  const int64_t dy_route = p.y_per_route ? route : 0;
+  read_tokens(p.dy, task, dy_route, p.tokens, Meet::kAssign, dy, pitch);
+  if (!p.z) return;
+  __syncthreads();  // the gradient is there
+  read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSilu, dy, pitch);
+}
+
+// dz = dout y silu'(z)
+template <class C>
+__device__ __forceinline__ void write_dz(const BwdParams& p, const Task& task, typename C::R* y) {
+  const int pitch = p.plan.pitch;
+  if (p.dy) {
+    read_tokens(p.dy, task, 0, p.tokens, Meet::kTimes, y, pitch);
+  } else {
+    clear_planes<C>(y, int64_t(task.channels) * pitch);
+  }
+  __syncthreads();  // dout y is there
+  read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSiluSlope, y, pitch);
+  __syncthreads();  // dz is there
+  write_tokens(with_routes(p.dz), task, 0, p.tokens, y, pitch);
+}
+
+template <class C>
+__global__ __launch_bounds__(kBwdThreads, 1) void bwd_kernel(const __grid_constant__ BwdParams p,
+                                                             int64_t tasks) {
+  using R = typename C::R;
+  const int warp = int(threadIdx.x) / 32, pitch = p.plan.pitch;
+  const Memory<C> memory(p, kShares, p.z ? 4 : 3);
+  const int64_t plane = int64_t(p.plan.channels) * pitch;  // those of one kind
+  R *u = memory.plane, *dy = u + plane, *du = dy + plane, *y = du + plane;
+  for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
+    const Task task = task_at(p, i);
+    const bool active = warp < task.channels;
+    const int64_t mine = active ? warp : 0, own = mine * pitch;
+    R* A = memory.table + mine * p.plan.table;
+    R* dt_weight = A + 3 * p.state;
+    Walk<C> w{p,
+              memory,
+              task.b,
+              0,
+              task.channel + mine,
+              warp,
+              int(threadIdx.x) % 32,
+              A,
+              A + p.state,
+              A + 2 * p.state,
+              dt_weight,
+              dt_weight + p.rank,
+              u + own,
+              dy + own,
+              du + own,
+              p.z ? y + own : nullptr};
+#pragma unroll 1
+    for (int64_t route = p.routes - 1; route >= 0; --route) {
+      w.route = route;
+      const bool first = route + 1 == p.routes;
+      const int64_t all = int64_t(task.channels) * pitch;
+      __syncthreads();  // planes and rows before have been read
+      read_planes<C>(p, task, route, u, dy);
+      if (first || p.u_per_route) clear_planes<C>(du, all);
+      if (first && p.z) clear_planes<C>(y, all);
+      if (active) w.begin_route();
+      walk_route(w, task);
+      if (active) w.end_route();
+      if (!p.u_per_route && route > 0) continue;
+      __syncthreads();  // du is complete
+      write_tokens(p.du, task, p.u_per_route ? route : 0, p.tokens, du, pitch);
+    }
+    if (p.z) write_dz<C>(p, task, y);
+  }
+}
+
+}  // namespace
+
+void bwd(const BwdParams& p, cudaStream_t stream) {
+  const int64_t tasks = p.batch * p.plan.blocks;
+  if (tasks == 0) return;
+  with_config(p, [&](auto config) {
+    using C = decltype(config);
+    launch("selective_scan_2d bwd", bwd_kernel<C>, p.plan.grid, kBwdThreads,
+           size_t(p.plan.shared_bytes), stream, p, tasks);
+  });
+}
+
+}  // namespace statescan::selective_scan_2d::cuda

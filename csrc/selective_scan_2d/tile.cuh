@@ -1,0 +1,544 @@
+// How the selective scan along routes lies on the GPU, and what its forward and backward share.
+//
+//   block:  a batch element and at most 8 channels, along all routes, one after the other
+//   warp:   a channel of them: its planes of tokens (u, y, ..) belong to it alone
+//   lane:   kItems neighbouring steps of a tile
+//
+// So what is added to a token is added by one warp in a fixed order. The recurrence of a tile is a scan
+// over lanes of maps h -> a h + b.
+//
+// Narrow operands (B, C, delta) come to shared memory as numbers to compute with, [row][step], for all
+// channels of the block, in passes of at most kRows rows. The warps that have no channel bring the next
+// pass while the others compute; one barrier ends both.
+#pragma once
+
+#include "route_gather/planes.cuh"
+#include "selective_scan/staging.cuh"
+#include "selective_scan_2d/cuda.h"
+
+namespace statescan::selective_scan_2d::cuda {
+
+using selective_scan::decay;
+using selective_scan::cuda::kAllLanes;
+using selective_scan::cuda::kLn2;
+using selective_scan::cuda::kLog2e;
+using selective_scan::cuda::several;
+using selective_scan::cuda::step_size;
+
+inline constexpr int kRows = 16;   // of narrow operands, in shared memory at a time
+inline constexpr int kStates = 8;  // in so many rows, where they are not all of the operands
+
+// Where a token is in its plane: with spare words, see planes.cuh.
+STATESCAN_HOST_DEVICE constexpr int in_plane(int token) {
+  return route_gather::cuda::skewed<uint32_t>(token);
+}
+STATESCAN_HOST_DEVICE constexpr int64_t plane_pitch(int64_t tokens) {
+  return in_plane(int(tokens)) + 1;
+}
+
+// kFast: planes are in shared memory, the state never starts anew, and the backward does not need y.
+// Without it a tile of 64 steps has lanes to spare.
+template <class R_, int kItemsOfLane, bool kFast_>
+struct Config {
+  using R = R_;
+  static constexpr int kItems = kItemsOfLane, kSteps = 32 * kItems;
+  static constexpr bool kFast = kFast_;
+  using Items = R[kItems];
+};
+using Fast = Config<float, 8, true>;
+using FastShort = Config<float, 2, true>;
+using Any = Config<float, 8, false>;
+using AnyDouble = Config<double, 2, false>;
+
+template <class F>
+inline void with_config(const Inputs& p, F&& f) {
+  if (p.compute == DType::kFloat64) return f(AnyDouble{});
+  if (!p.plan.fast) return f(Any{});
+  p.chunk == kShortTile ? f(FastShort{}) : f(Fast{});
+}
+
+// One block's share of a launch.
+struct Task {
+  int64_t b, block, channel;  // block: of channels; channel: the first
+  int channels;
+};
+__device__ __forceinline__ Task task_at(const Inputs& p, int64_t i) {
+  Task t;
+  t.b = i / p.plan.blocks, t.block = i % p.plan.blocks;
+  t.channel = t.block * p.plan.channels;
+  const int64_t left = p.dim - t.channel;
+  t.channels = left < p.plan.channels ? int(left) : p.plan.channels;
+  return t;
+}
+
+// The shared memory of a block: two buffers of rows, shares (of the backward), tables, planes.
+template <class C>
+struct Memory {
+  using R = typename C::R;
+  R *row, *share, *table, *plane;
+  int rows;  // of a buffer
+
+  __device__ __forceinline__ explicit Memory(const Inputs& p, int shares, int planes)
+      : row(dynamic_shared<R>()),
+        share(row + 2 * p.plan.rows * C::kSteps),
+        table(share + shares * kWarps * C::kSteps),
+        plane(table + p.plan.channels * p.plan.table),
+        rows(p.plan.rows) {
+    if (!C::kFast && p.planes != nullptr) {
+      plane =
+          static_cast<R*>(p.planes) + int64_t(blockIdx.x) * planes * p.plan.channels * p.plan.pitch;
+    }
+  }
+  __device__ __forceinline__ R* buffer(int64_t i) const { return row + (i & 1) * rows * C::kSteps; }
+};
+
+// A piece of a route.
+struct Tile {
+  int64_t b, route, begin;  // begin: the first step
+  int steps;                // there may be fewer than a tile has at the end
+  int flags;
+  const int32_t* place;
+};
+__device__ __forceinline__ Tile tile_at(const Inputs& p, int64_t b, int64_t route, int64_t i) {
+  const int64_t row = ((p.place_per_batch ? b : 0) * p.routes + route) * p.chunks() + i;
+  const int64_t begin = i * p.chunk, left = p.steps - begin;
+  return {b,
+          route,
+          begin,
+          left < p.chunk ? int(left) : int(p.chunk),
+          int(__ldg(p.flags + row)),
+          p.place + row * p.chunk};
+}
+
+// ---- a lane's steps
+
+// Where step t is in a row of a tile: the four or eight of a lane in packs of 16 bytes, such that those
+// of all lanes lie side by side.
+template <class C>
+__device__ __forceinline__ int in_row(int t) {
+  return C::kItems == 8 ? (t & 4) * 32 + (t >> 3) * 4 + (t & 3) : t;
+}
+template <class C, class F>
+__device__ __forceinline__ void for_packs_of_row(int lane, F&& f) {
+  constexpr int kPack = C::kItems == 8 ? 4 : C::kItems;
+#pragma unroll
+  for (int i = 0; i < C::kItems; i += kPack)
+    f(std::integral_constant<int, kPack>{}, i, i * 32 + lane * kPack);
+}
+template <class C>
+__device__ __forceinline__ void load_items(typename C::R* row, int lane, typename C::Items& x) {
+  for_packs_of_row<C>(lane, [&](auto pack, int i, int at) {
+    const auto v = several<decltype(pack)::value>(row[at]);
+#pragma unroll
+    for (int j = 0; j < decltype(pack)::value; ++j) x[i + j] = v.x[j];
+  });
+}
+template <class C>
+__device__ __forceinline__ void store_items(typename C::R* row, int lane,
+                                            const typename C::Items& x) {
+  for_packs_of_row<C>(lane, [&](auto pack, int i, int at) {
+    auto& v = several<decltype(pack)::value>(row[at]);
+#pragma unroll
+    for (int j = 0; j < decltype(pack)::value; ++j) v.x[j] = x[i + j];
+  });
+}
+
+template <class C>
+__device__ __forceinline__ void load_places(const Inputs& p, const Tile& tile, int lane,
+                                            int (&at)[C::kItems]) {
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) at[j] = kSkip;
+  if (!C::kFast && lane * C::kItems >= p.chunk) return;
+  if constexpr (C::kItems == 8) {
+    route_gather::cuda::load_entries<8>(tile.place + lane * 8, at);
+  } else {
+#pragma unroll
+    for (int j = 0; j < C::kItems; ++j) at[j] = __ldg(tile.place + lane * C::kItems + j);
+  }
+}
+
+// Bits of the lane's steps before which the state starts anew.
+template <class C>
+__device__ __forceinline__ unsigned find_starts(const Inputs& p, const Tile& tile, int lane) {
+  unsigned starts = 0;
+  if (C::kFast || !(tile.flags & kResets)) return starts;
+  const int64_t first = tile.begin + lane * C::kItems;
+  int64_t phase = first % p.reset_period;
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) {
+    if (phase == 0 && first + j > 0 && lane * C::kItems + j < tile.steps) starts |= 1u << j;
+    phase = phase + 1 == p.reset_period ? 0 : phase + 1;
+  }
+  return starts;
+}
+
+// ---- rows of narrow operands
+
+// The narrow operands of a tile come in passes: delta first, then B and C of some states; or all
+// together. Of delta that is given whole there is a row for each channel.
+struct Pass {
+  bool has_delta, has_states;
+  int64_t first_row, first_state;  // of delta; of B and C
+  int rows, states;
+  int B, C;  // their first rows in the buffer
+};
+struct Passes {
+  int64_t first, delta_rows, state;
+  bool together;
+  int64_t of_delta, count;
+
+  __device__ __forceinline__ explicit Passes(const Inputs& p, const Task& task)
+      : first(p.rank > 0 ? 0 : task.channel / p.delta_repeat),
+        delta_rows(p.rank > 0 ? p.rank
+                              : (task.channel + task.channels - 1) / p.delta_repeat - first + 1),
+        state(p.state),
+        together(p.plan.together) {
+    of_delta = together ? 0 : (delta_rows + kRows - 1) / kRows;
+    count = together ? 1 : of_delta + (state + kStates - 1) / kStates;
+  }
+  // The pass before whose states the step sizes are complete.
+  __device__ __forceinline__ bool completes_delta(int64_t i) const { return i == of_delta; }
+  __device__ __forceinline__ Pass at(int64_t i) const {
+    const int rows = int(delta_rows), states = int(state);
+    if (together) return {true, true, first, 0, rows, states, rows, rows + states};
+    if (i < of_delta) {
+      const int64_t row = i * kRows, left = delta_rows - row;
+      return {true, false, first + row, 0, left < kRows ? int(left) : kRows, 0, 0, 0};
+    }
+    const int64_t n = (i - of_delta) * kStates, left = state - n;
+    const int some = left < kStates ? int(left) : kStates;
+    return {false, true, 0, n, 0, some, 0, some};
+  }
+};
+
+// The threads of warps without a channel, which bring rows.
+struct Helpers {
+  int thread, count;
+  __device__ __forceinline__ explicit Helpers(const Task& task)
+      : thread(int(threadIdx.x) - task.channels * 32),
+        count(int(blockDim.x) - task.channels * 32) {}
+};
+
+// rows[i][t] = x[b, route, first + i, begin + t]; 0 at steps to skip, and with `no_ghosts` at all steps
+// of no token, whatever is there.
+template <class C, class T>
+__device__ __forceinline__ void stage_rows(const T* data, const View<4>& x, const Tile& tile,
+                                           int64_t first, int count, bool no_ghosts,
+                                           const Helpers& helpers, typename C::R* rows) {
+  using R = typename C::R;
+  const T* from = data + tile.b * x.stride[0] + tile.route * x.stride[1] + first * x.stride[2] +
+                  tile.begin * x.stride[3];
+  if constexpr (sizeof(R) == 4) {
+    constexpr int kVec = kPackSize<T>, kPacks = C::kSteps / kVec;
+    if (tile.steps == C::kSteps && !(tile.flags & kHoles) && x.stride[3] == 1 &&
+        selective_scan::cuda::is_aligned(from, x.stride[2], kVec)) {
+#pragma unroll 4
+      for (int i = helpers.thread; i < count * kPacks; i += helpers.count) {
+        const int row = i / kPacks, t = i % kPacks * kVec;
+        float v[kVec];
+        Pack<T, kVec>::load(from + row * x.stride[2] + t).unpack(v);
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) rows[row * C::kSteps + in_row<C>(t + j)] = v[j];
+      }
+      return;
+    }
+  }
+  const bool time_inside = x.stride[3] <= x.stride[2];
+  const int tasks = (time_inside ? count : kRows) * C::kSteps;
+#pragma unroll 1
+  for (int i = helpers.thread; i < tasks; i += helpers.count) {
+    const int row = time_inside ? i / C::kSteps : i % kRows;
+    const int t = time_inside ? i % C::kSteps : i / kRows;
+    if (row >= count) continue;
+    const int place = t < tile.steps ? __ldg(tile.place + t) : int(kSkip);
+    const bool there = place >= 0 || (place == kGhost && !no_ghosts);
+    rows[row * C::kSteps + in_row<C>(t)] =
+        there ? R(to_number(from[row * x.stride[2] + t * x.stride[3]])) : R(0);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void stage_pass(const Inputs& p, const Tile& tile, const Pass& pass,
+                                           const Helpers& helpers, typename C::R* rows) {
+#pragma unroll 1
+  for (int i = pass.has_delta ? 0 : 1; i < (pass.has_states ? 3 : 1); ++i) {
+    const View<4>& x = i == 0 ? p.delta : i == 1 ? p.B : p.C;
+    typename C::R* to = rows + (i == 0 ? 0 : i == 1 ? pass.B : pass.C) * C::kSteps;
+    with_device_type(x.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      if constexpr (sizeof(T) <= sizeof(typename C::R)) {  // double is computed in double
+        stage_rows<C>(static_cast<const T*>(x.data), x, tile,
+                      i == 0 ? pass.first_row : pass.first_state, i == 0 ? pass.rows : pass.states,
+                      i > 0, helpers, to);
+      }
+    });
+  }
+}
+
+// delta of a channel, before bias and softplus: adds the rows of a low-rank pass, or takes its own.
+template <class C>
+__device__ __forceinline__ void add_delta(const Inputs& p, typename C::R* rows, const Pass& pass,
+                                          const typename C::R* dt_weight, int64_t channel, int lane,
+                                          typename C::Items& x) {
+  if (p.rank == 0) {
+    const int row = int(channel / p.delta_repeat - pass.first_row);
+    return load_items<C>(rows + row * C::kSteps, lane, x);
+  }
+#pragma unroll 2
+  for (int r = 0; r < pass.rows; ++r) {
+    typename C::Items dt;
+    load_items<C>(rows + r * C::kSteps, lane, dt);
+    const typename C::R w = dt_weight[pass.first_row + r];
+#pragma unroll
+    for (int j = 0; j < C::kItems; ++j) x[j] += w * dt[j];
+  }
+}
+
+// ---- the recurrence
+
+// a h + b; where a is 0 the state starts anew, whatever h is.
+template <class C>
+__device__ __forceinline__ typename C::R advance(typename C::R a, typename C::R h,
+                                                 typename C::R b) {
+  return !C::kFast && a == 0 ? b : a * h + b;
+}
+
+// The value that a lane's own map h -> a h + b starts from, where the lanes before it (kBack: after it)
+// come first and the first of them starts from h.
+template <class C, bool kBack>
+__device__ __forceinline__ typename C::R enter(typename C::R a, typename C::R b, typename C::R h,
+                                               int lane) {
+  using R = typename C::R;
+  auto from = [](R x, int lanes) {
+    return kBack ? __shfl_down_sync(kAllLanes, x, lanes) : __shfl_up_sync(kAllLanes, x, lanes);
+  };
+  const int before = kBack ? 31 - lane : lane;
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) {
+    const R a0 = from(a, lanes), b0 = from(b, lanes);
+    if (before >= lanes) {
+      b = advance<C>(a, b0, b);
+      a *= a0;
+    }
+  }
+  a = from(a, 1), b = from(b, 1);
+  return before == 0 ? h : advance<C>(a, h, b);
+}
+
+template <class R>
+__device__ __forceinline__ R sum_over_warp(R x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+// ---- planes
+
+// Calls f(tag of the pack's size, pointer, channel, token) for packs and single elements of `channels`
+// channels.
+template <class T, class F>
+__device__ __forceinline__ void for_tokens(T* first, int64_t channel_stride, int64_t token_stride,
+                                           int channels, int64_t tokens, F&& f) {
+  const int thread = int(threadIdx.x);
+  const std::integral_constant<int, 1> one;
+  constexpr int kVec = sizeof(T) < 8 ? kPackSize<T> : 1;
+  int64_t done = 0;
+  if constexpr (kVec > 1) {
+    if (token_stride == 1 && selective_scan::cuda::is_aligned(first, channel_stride, kVec)) {
+      done = tokens / kVec * kVec;
+#pragma unroll 1
+      for (int c = 0; c < channels; ++c) {
+#pragma unroll 2
+        for (int64_t t = thread * kVec; t < done; t += int(blockDim.x) * kVec) {
+          f(std::integral_constant<int, kVec>{}, first + c * channel_stride + t, c, int(t));
+        }
+      }
+    }
+  }
+  if (token_stride > channel_stride && token_stride > 1) {  // channels are neighbours in memory
+    const int c = thread % kWarps;
+#pragma unroll 2
+    for (int64_t t = thread / kWarps; t < tokens; t += int(blockDim.x) / kWarps) {
+      if (c < channels) f(one, first + c * channel_stride + t * token_stride, c, int(t));
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int c = 0; c < channels && done < tokens; ++c) {
+#pragma unroll 2
+    for (int64_t t = done + thread; t < tokens; t += blockDim.x) {
+      f(one, first + c * channel_stride + t * token_stride, c, int(t));
+    }
+  }
+}
+
+// What becomes of a plane's number that meets a tensor's.
+enum class Meet { kAssign, kTimes, kTimesSilu, kTimesSiluSlope };
+
+template <class R>
+__device__ __forceinline__ R meet(Meet how, R number, R x) {
+  if (how == Meet::kAssign) return x;
+  if (how == Meet::kTimes) return number * x;
+  const R gate = sigmoid(x);
+  return number * (how == Meet::kTimesSilu ? x * gate : silu_slope(x, gate));
+}
+
+template <class R>
+__device__ __forceinline__ void read_tokens(const View<4>& x, const Task& task, int64_t route,
+                                            int64_t tokens, Meet how, R* planes, int pitch) {
+  with_device_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(T) <= sizeof(R)) {
+      const T* first = static_cast<const T*>(x.data) + task.b * x.stride[0] + route * x.stride[1] +
+                       task.channel * x.stride[2];
+      for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens,
+                 [&](auto size, const T* from, int c, int t) {
+                   constexpr int kSize = decltype(size)::value;
+                   R* plane = planes + c * pitch;
+                   if constexpr (kSize == 1) {
+                     R& number = plane[in_plane(t)];
+                     number = meet(how, how == Meet::kAssign ? R(0) : number, R(to_number(*from)));
+                   } else {
+                     float v[kSize];
+                     Pack<T, kSize>::load(from).unpack(v);
+                     if (how == Meet::kAssign) {
+#pragma unroll
+                       for (int j = 0; j < kSize; ++j) plane[in_plane(t + j)] = v[j];
+                       return;
+                     }
+#pragma unroll 1
+                     for (int j = 0; j < kSize; ++j) {
+                       R& number = plane[in_plane(t + j)];
+                       number = meet(how, number, R(to_number(from[j])));
+                     }
+                   }
+                 });
+    }
+  });
+}
+
+template <class R>
+__device__ __forceinline__ void write_tokens(const View<4>& x, const Task& task, int64_t route,
+                                             int64_t tokens, const R* planes, int pitch) {
+  with_device_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* first = static_cast<T*>(x.data) + task.b * x.stride[0] + route * x.stride[1] +
+               task.channel * x.stride[2];
+    for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens,
+               [&](auto size, T* to, int c, int t) {
+                 constexpr int kSize = decltype(size)::value;
+                 const R* plane = planes + c * pitch;
+                 if constexpr (std::is_same_v<T, double>) {
+                   *to = plane[in_plane(t)];
+                 } else if constexpr (kSize == 1) {
+                   *to = from_number<T>(float(plane[in_plane(t)]));
+                 } else {
+                   float v[kSize];
+#pragma unroll
+                   for (int j = 0; j < kSize; ++j) v[j] = float(plane[in_plane(t + j)]);
+                   Pack<T, kSize>::of(v).store(to);
+                 }
+               });
+  });
+}
+
+// (batch, dim, token) as a tensor with a route axis.
+__device__ __forceinline__ View<4> with_routes(const View<3>& x) {
+  return {x.data, x.dtype, {x.stride[0], 0, x.stride[1], x.stride[2]}};
+}
+
+// Reads a warp's plane at its lane's steps: 0 at steps of no token.
+template <class C>
+__device__ __forceinline__ void gather(const typename C::R* plane, const int (&at)[C::kItems],
+                                       typename C::Items& x) {
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) x[j] = at[j] >= 0 ? plane[at[j]] : 0;
+}
+
+// Adds to a warp's plane. Where a token comes twice lanes take turns, in the order of the route.
+template <class C>
+__device__ __forceinline__ void add_to(typename C::R* plane, const int (&at)[C::kItems], int flags,
+                                       int lane, const typename C::Items& x) {
+  if (flags & kRepeats) {
+#pragma unroll 1
+    for (int turn = 0; turn < 32; ++turn) {
+      if (lane == turn) {
+#pragma unroll
+        for (int j = 0; j < C::kItems; ++j) {
+          if (at[j] >= 0) plane[at[j]] += x[j];
+        }
+      }
+      __syncwarp();  // what the turn added is there
+    }
+    return;
+  }
+  typename C::Items sum;
+  gather<C>(plane, at, sum);
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) {
+    if (at[j] >= 0) plane[at[j]] = sum[j] + x[j];
+  }
+  __syncwarp();  // the next tile may come to the same tokens
+}
+
+template <class C>
+__device__ __forceinline__ void clear_planes(typename C::R* planes, int64_t count) {
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) planes[i] = 0;
+}
+
+// ---- what a warp knows of its channel on a route
+
+template <class R>
+__device__ __forceinline__ R parameter(const View<2>& x, int64_t route, int64_t channel, R absent,
+                                       int64_t repeat = 1) {
+  if (!x) return absent;
+  if (repeat > 1) channel /= repeat;
+  return load_element<R>(x.data, x.dtype, route * x.stride[0] + channel * x.stride[1]);
+}
+
+template <class R>
+struct Parameters {
+  R D, bias, weight;
+  __device__ __forceinline__ Parameters(const Inputs& p, int64_t route, int64_t channel)
+      : D(parameter<R>(p.D, route, channel, 0)),
+        bias(parameter<R>(p.delta_bias, route, channel, 0, p.delta_repeat)),
+        weight(parameter<R>(p.weights, route, channel, 1)) {}
+};
+
+// table[i] = scale x[route, channel, i], by the lanes of a warp.
+template <class R>
+__device__ __forceinline__ void load_table(const View<3>& x, int64_t route, int64_t channel,
+                                           int64_t count, R scale, int lane, R* table) {
+#pragma unroll 1
+  for (int64_t i = lane; i < count; i += 32) {
+    table[i] =
+        scale * load_element<R>(x.data, x.dtype,
+                                route * x.stride[0] + channel * x.stride[1] + i * x.stride[2]);
+  }
+}
+__device__ __forceinline__ int64_t state_offset(const View<4>& x, int64_t b, int64_t route,
+                                                int64_t channel) {
+  return b * x.stride[0] + route * x.stride[1] + channel * x.stride[2];
+}
+// The states of a channel, by the lanes of a warp; zero without `x`.
+template <class R>
+__device__ __forceinline__ void load_states(const View<4>& x, int64_t b, int64_t route,
+                                            int64_t channel, int64_t count, int lane, R* h) {
+  const int64_t first = state_offset(x, b, route, channel);
+#pragma unroll 1
+  for (int64_t n = lane; n < count; n += 32) {
+    h[n] = x ? load_element<R>(x.data, x.dtype, first + n * x.stride[3]) : R(0);
+  }
+}
+template <class R>
+__device__ __forceinline__ void store_states(const View<4>& x, int64_t b, int64_t route,
+                                             int64_t channel, int64_t count, int lane, const R* h) {
+  const int64_t first = state_offset(x, b, route, channel);
+#pragma unroll 1
+  for (int64_t n = lane; n < count; n += 32) {
+    store_element(x.data, x.dtype, first + n * x.stride[3], h[n]);
+  }
+}
+
+}  // namespace statescan::selective_scan_2d::cuda
