@@ -26,60 +26,69 @@ __device__ __forceinline__ typename C::R* share_of(const Memory<C>& memory, int 
   return memory.share + (which * kWarps + warp) * C::kSteps;
 }
 
-// A warp's channel on a route.
+enum Plane { kU, kDy, kDu, kY };  // kY with a gate only
+__device__ __forceinline__ int planes_of(const BwdParams& p) { return p.z ? 4 : 3; }
+
+// A warp's channel. Its tables: A, dh, dA (state), dt_weight, ddt_weight (rank).
 template <class C>
-struct Walk {
+struct Walk : Own<C> {
   using R = typename C::R;
-  using Items = typename C::Items;
   const BwdParams& p;
-  const Memory<C>& memory;
-  int64_t b, route, channel;
-  int warp, lane;
-  R *A, *dh, *dA;                    // (state)
-  R *dt_weight, *ddt_weight;         // (rank)
-  R *u, *dy, *du, *y;                // planes; y is null without a gate
   R dD = 0, dbias = 0, dweight = 0;  // of the lane's steps
+  __device__ __forceinline__ Walk(const BwdParams& p, const Memory<C>& memory)
+      : Own<C>{p, memory}, p(p) {}
 
-  __device__ __forceinline__ void begin_route() {
-    load_table<R>(p.A, route, channel, p.state, R(kLog2e), lane, A);
-    load_table<R>(p.dt_weight, route, channel, p.rank, R(1), lane, dt_weight);
-    load_states(View<4>{}, b, route, channel, p.state, lane, dA);
-    load_states(View<4>{}, b, route, channel, p.rank, lane, ddt_weight);
-    if (!p.carry || route + 1 == p.routes) {
-      load_states(p.dlast_state, b, p.carry ? 0 : route, channel, p.state, lane, dh);
-    } else if (p.reset_period > 0) {
-      load_states(View<4>{}, b, route, channel, p.state, lane, dh);
-    }
-    dD = dbias = dweight = 0;
-    __syncwarp();  // the tables are complete
-  }
-
-  __device__ __forceinline__ void end_route() {
-    __syncwarp();  // the tables are complete
-    if (p.dinitial_state && (!p.carry || route == 0)) {
-      store_states(p.dinitial_state, b, route, channel, p.state, lane, dh);
-    }
-    const int64_t row = (b * p.routes + route) * p.dim + channel;
-    auto table = [&](void* to, const R* from, int64_t count) {
-#pragma unroll 1
-      for (int64_t i = lane; i < count; i += 32) static_cast<R*>(to)[row * count + i] = from[i];
-    };
-    table(p.dA, dA, p.state);
-    if (p.rank > 0) table(p.ddt_weight, ddt_weight, p.rank);
-    auto sum = [&](void* to, R x) {
-      x = sum_over_warp(x);
-      if (lane == 0) static_cast<R*>(to)[row] = x;
-    };
-    if (p.D) sum(p.dD, dD);
-    if (p.delta_bias) sum(p.ddelta_bias, dbias);
-    if (p.weights) sum(p.dweights, dweight);
-  }
-
-  __device__ __forceinline__ R saved_state(const Tile& tile, int64_t n) const {
-    const int64_t row = (b * p.routes + route) * p.chunks() + tile.begin / p.chunk;
-    return static_cast<const R*>(p.chunk_states)[(row * p.state + n) * p.dim + channel];
-  }
+  __device__ __forceinline__ R* A() const { return this->tables(); }
+  __device__ __forceinline__ R* dh() const { return A() + p.state; }
+  __device__ __forceinline__ R* dA() const { return A() + 2 * p.state; }
+  __device__ __forceinline__ R* dt_weight() const { return A() + 3 * p.state; }
+  __device__ __forceinline__ R* ddt_weight() const { return dt_weight() + p.rank; }
 };
+
+template <class C>
+__device__ __forceinline__ void begin_route(Walk<C>& w) {
+  using R = typename C::R;
+  const BwdParams& p = w.p;
+  const int64_t route = w.route(), channel = w.channel();
+  auto clear = [&](R* table, int64_t count) {
+    load_states(View<4>{}, 0, 0, 0, count, w.lane, table);
+  };
+  load_table<R>(p.A, route, channel, p.state, R(kLog2e), w.lane, w.A());
+  load_table<R>(p.dt_weight, route, channel, p.rank, R(1), w.lane, w.dt_weight());
+  clear(w.dA(), p.state);
+  clear(w.ddt_weight(), p.rank);
+  if (!p.carry || route + 1 == p.routes) {
+    load_states(p.dlast_state, w.b(), p.carry ? 0 : route, channel, p.state, w.lane, w.dh());
+  } else if (p.reset_period > 0) {
+    clear(w.dh(), p.state);
+  }
+  w.dD = w.dbias = w.dweight = 0;
+  __syncwarp();  // the tables are complete
+}
+
+template <class C>
+__device__ __forceinline__ void end_route(const Walk<C>& w) {
+  using R = typename C::R;
+  const BwdParams& p = w.p;
+  __syncwarp();  // the tables are complete
+  if (p.dinitial_state && (!p.carry || w.route() == 0)) {
+    store_states(p.dinitial_state, w.b(), w.route(), w.channel(), p.state, w.lane, w.dh());
+  }
+  const int64_t row = (w.b() * p.routes + w.route()) * p.dim + w.channel();
+  auto table = [&](void* to, const R* from, int64_t count) {
+#pragma unroll 1
+    for (int64_t i = w.lane; i < count; i += 32) static_cast<R*>(to)[row * count + i] = from[i];
+  };
+  table(p.dA, w.dA(), p.state);
+  if (p.rank > 0) table(p.ddt_weight, w.ddt_weight(), p.rank);
+  auto sum = [&](void* to, R x) {
+    x = sum_over_warp(x);
+    if (w.lane == 0) static_cast<R*>(to)[row] = x;
+  };
+  if (p.D) sum(p.dD, w.dD);
+  if (p.delta_bias) sum(p.ddelta_bias, w.dbias);
+  if (p.weights) sum(p.dweights, w.dweight);
+}
 
 // A lane's steps of a tile.
 template <class C>
@@ -143,8 +152,9 @@ __device__ __forceinline__ typename C::R walk_state(Walk<C>& w, Steps<C>& s, typ
 // ddelta of the block's channels as delta is given whole.
 template <class C>
 __device__ __forceinline__ void write_ddelta(const BwdParams& p, const Memory<C>& memory,
-                                             const Task& task, const Tile& tile) {
+                                             const Tile& tile) {
   using R = typename C::R;
+  const Task& task = memory.now.task;
   const View<4>& x = p.ddelta;
   const int64_t first = tile.b * x.stride[0] + tile.route * x.stride[1] +
                         task.channel * x.stride[2] + tile.begin * x.stride[3];
@@ -166,8 +176,9 @@ __device__ __forceinline__ void write_ddelta(const BwdParams& p, const Memory<C>
 // ddt, summed over the channels of the block.
 template <class C>
 __device__ __forceinline__ void write_ddt(const BwdParams& p, const Memory<C>& memory,
-                                          const Task& task, const Tile& tile, int64_t row) {
+                                          const Tile& tile, int64_t row) {
   using R = typename C::R;
+  const Task& task = memory.now.task;
   const R* dt_weights = memory.table + 3 * p.state;
 #pragma unroll 1
   for (int t = int(threadIdx.x); t < tile.steps; t += blockDim.x) {
@@ -191,8 +202,9 @@ __device__ __forceinline__ void write_ddt(const BwdParams& p, const Memory<C>& m
 // dB and dC of a state, summed over the channels of the block; after the last state that of delta, too.
 template <class C>
 __device__ __forceinline__ void write_sums(const BwdParams& p, const Memory<C>& memory,
-                                           const Task& task, const Tile& tile, int64_t n) {
+                                           const Tile& tile, int64_t n) {
   using R = typename C::R;
+  const Task& task = memory.now.task;
   const int64_t row = ((task.block * p.routes + tile.route) * p.batch + task.b) * p.steps;
 #pragma unroll 1
   for (int i = int(threadIdx.x); i < 2 * C::kSteps; i += blockDim.x) {
@@ -206,7 +218,7 @@ __device__ __forceinline__ void write_sums(const BwdParams& p, const Memory<C>& 
     static_cast<R*>(which == kDB ? p.dB : p.dC)[(row + tile.begin + t) * p.state + n] = sum;
   }
   if (n + 1 < p.state) return;
-  p.rank == 0 ? write_ddelta(p, memory, task, tile) : write_ddt(p, memory, task, tile, row);
+  p.rank == 0 ? write_ddelta(p, memory, tile) : write_ddt(p, memory, tile, row);
 }
 
 // What has to be known of a step before the walks along states.
@@ -215,8 +227,8 @@ __device__ __forceinline__ void begin_steps(const Walk<C>& w, const Parameters<t
                                             Steps<C>& s) {
   using R = typename C::R;
   const BwdParams& p = w.p;
-  gather<C>(w.u, s.at, s.u);
-  gather<C>(w.dy, s.at, s.dy);
+  gather<C>(w.plane(kU), s.at, s.u);
+  gather<C>(w.plane(kDy), s.at, s.dy);
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) {
     const R x = s.delta[j] + k.bias;
@@ -235,14 +247,14 @@ __device__ __forceinline__ void add_outputs(Walk<C>& w, const Parameters<typenam
                                             const Tile& tile, Steps<C>& s) {
   if (w.p.weights) {
     typename C::Items dy;
-    gather<C>(w.dy, s.at, dy);
+    gather<C>(w.plane(kDy), s.at, dy);
 #pragma unroll
     for (int j = 0; j < C::kItems; ++j) w.dweight += s.y[j] * dy[j];
   }
-  if (w.y != nullptr) {
+  if (w.p.z) {
 #pragma unroll
     for (int j = 0; j < C::kItems; ++j) s.y[j] *= k.weight;
-    add_to<C>(w.y, s.at, tile.flags, w.lane, s.y);
+    add_to<C>(w.plane(kY), s.at, tile.flags, w.lane, s.y);
   }
 }
 
@@ -259,7 +271,9 @@ __device__ __forceinline__ void end_steps(Walk<C>& w, const Parameters<typename 
     w.dD += s.dy[j] * s.u[j];
     w.dbias += s.delta[j];
   }
-  add_to<C>(w.du, s.at, tile.flags, w.lane, du);
+  // Again, rather than kept in registers while states are walked.
+  if constexpr (!C::kFast) load_places<C>(w.p, tile, w.lane, s.at);
+  add_to<C>(w.plane(kDu), s.at, tile.flags, w.lane, du);
   if constexpr (!C::kFast) add_outputs(w, k, tile, s);
   store_items<C>(share_of(w.memory, kDDelta, w.warp), w.lane, s.delta);
 }
@@ -277,23 +291,34 @@ __device__ __forceinline__ void add_to_dt_weight(Walk<C>& w, const Pass& pass, t
 #pragma unroll
     for (int j = 0; j < C::kItems; ++j) sum += ddelta[j] * dt[j];
     sum = sum_over_warp(sum);
-    if (w.lane == 0) w.ddt_weight[pass.first_row + r] += sum;
+    if (w.lane == 0) w.ddt_weight()[pass.first_row + r] += sum;
   }
 }
 
+// h before the tile, of the state that the lane has in a pass.
+template <class C>
+__device__ __forceinline__ typename C::R saved_state(const Walk<C>& w, const Tile& tile,
+                                                     const Pass& pass, bool active) {
+  const BwdParams& p = w.p;
+  if (!active || w.lane >= pass.states) return 0;
+  const int64_t row = (tile.b * p.routes + tile.route) * p.chunks() + tile.begin / p.chunk;
+  const int64_t at = (row * p.state + pass.first_state + w.lane) * p.dim + w.channel();
+  return __ldg(static_cast<const typename C::R*>(p.chunk_states) + at);
+}
+
 // The states of a pass, one after the other for the whole block: their dB and dC are summed over it.
-// Between the barriers of the first the helpers bring the next rows.
+// Meanwhile the helpers bring the next rows. The barrier after the last is the caller's.
 template <class C, class Stage>
 __device__ __forceinline__ void walk_states(Walk<C>& w, const Parameters<typename C::R>& k,
-                                            const Task& task, const Tile& tile, const Pass& pass,
-                                            bool active, typename C::R* rows, Steps<C>& s,
-                                            Stage&& stage) {
+                                            const Tile& tile, const Pass& pass, bool active,
+                                            typename C::R* rows, typename C::R h_of_lane,
+                                            Steps<C>& s, Stage&& stage) {
   using R = typename C::R;
+  const BwdParams& p = w.p;
   const bool mine = active && w.lane < pass.states;  // lane n has what is known of the n-th
   const int64_t n0 = pass.first_state + w.lane;
-  const R h_of_lane = mine ? w.saved_state(tile, n0) : R(0);
-  const R A_of_lane = mine ? w.A[n0] : R(0);
-  R dh_of_lane = mine ? w.dh[n0] : R(0);
+  const R A_of_lane = mine ? w.A()[n0] : R(0);
+  R dh_of_lane = mine ? w.dh()[n0] : R(0);
 #pragma unroll 1
   for (int n = 0; n < pass.states; ++n) {
     if (active) {
@@ -305,42 +330,39 @@ __device__ __forceinline__ void walk_states(Walk<C>& w, const Parameters<typenam
       dA = sum_over_warp(dA);
       if (w.lane == n) {
         dh_of_lane = dh;
-        w.dA[n0] += dA;
+        w.dA()[n0] += dA;
       }
-      if (pass.first_state + n + 1 == w.p.state) end_steps(w, k, tile, s);
+      if (pass.first_state + n + 1 == p.state) end_steps(w, k, tile, s);
     } else if (n == 0) {
       stage();
     }
     __syncthreads();  // the shares of all channels are there
-    write_sums(w.p, w.memory, task, tile, pass.first_state + n);
-    __syncthreads();  // the shares have been read
+    write_sums(p, w.memory, tile, pass.first_state + n);
+    if (n + 1 < pass.states) __syncthreads();  // the shares have been read
   }
-  if (mine) w.dh[n0] = dh_of_lane;
+  if (mine) w.dh()[n0] = dh_of_lane;
 }
 
 // All tiles of a route from the last to the first, for all channels of the block.
 template <class C>
-__device__ __forceinline__ void walk_route(Walk<C>& w, const Task& task) {
+__device__ __forceinline__ void walk_route(Walk<C>& w) {
   using R = typename C::R;
   const BwdParams& p = w.p;
-  const Passes passes(p, task);
-  const Helpers helpers(task);
-  const bool active = helpers.thread < 0;
+  const Memory<C>& memory = w.memory;
+  const Passes passes(p, memory.now.task);
+  const bool active = w.is_there();
   // Low-rank delta comes once more, for the gradient of its weights, if it does not stay.
   const int64_t again = p.rank > 0 ? passes.of_delta : 0, count = passes.count + again;
   auto pass_at = [&](int64_t i) { return passes.at(i < passes.count ? i : i - passes.count); };
   const int64_t tiles = p.chunks();
   if (tiles == 0) return;
-  if (!active) {
-    stage_pass<C>(p, tile_at(p, task.b, w.route, tiles - 1), pass_at(0), helpers,
-                  w.memory.buffer(0));
-  }
-  const Parameters<R> k(p, w.route, w.channel);
+  if (!active) stage_pass<C>(p, memory, tiles - 1, pass_at(0), true, memory.buffer(p, 0));
+  const Parameters<R> k(p, w.route(), active ? w.channel() : memory.now.task.channel);
   __syncthreads();  // the first rows and the planes are in place
-  int64_t done = 0;
+  int done = 0;     // passes
 #pragma unroll 1
   for (int64_t t = tiles - 1; t >= 0; --t) {
-    const Tile tile = tile_at(p, task.b, w.route, t);
+    const Tile& tile = memory.now.tile[t & 1];
     Steps<C> s;
     if (active) {
       load_places<C>(p, tile, w.lane, s.at);
@@ -352,25 +374,28 @@ __device__ __forceinline__ void walk_route(Walk<C>& w, const Task& task) {
     for (int64_t i = 0; i < count; ++i, ++done) {
       const Pass pass = pass_at(i);
       const bool back = i >= passes.count, last = i + 1 == count;
-      R* rows = w.memory.buffer(done);
+      R* rows = memory.buffer(p, done);
       auto stage = [&] {
         if (last && t == 0) return;
-        stage_pass<C>(p, tile_at(p, task.b, w.route, last ? t - 1 : t), pass_at(last ? 0 : i + 1),
-                      helpers, w.memory.buffer(done + 1));
+        stage_pass<C>(p, memory, last ? t - 1 : t, pass_at(last ? 0 : i + 1), last,
+                      memory.buffer(p, done + 1));
       };
+      const R h = saved_state(w, tile, pass, active);  // on its way while step sizes are found
       if (active && !back) {
-        if (pass.has_delta) add_delta<C>(p, rows, pass, w.dt_weight, w.channel, w.lane, s.delta);
+        if (pass.has_delta) {
+          add_delta<C>(p, rows, pass, w.dt_weight(), w.channel(), w.lane, s.delta);
+        }
         if (passes.completes_delta(i)) begin_steps(w, k, s);
       }
       if (pass.has_states) {
-        walk_states(w, k, task, tile, pass, active, rows, s, stage);
+        walk_states(w, k, tile, pass, active, rows, h, s, stage);
       } else if (!active) {
         stage();
       }
       if (active && p.rank > 0 && pass.has_delta && (back || passes.together)) {
         add_to_dt_weight(w, pass, rows, s.delta);
       }
-      __syncthreads();  // these rows have been read, the next are in place
+      __syncthreads();  // rows and shares have been read, the next rows are in place
     }
   }
 }
@@ -385,7 +410,7 @@ __device__ __forceinline__ void read_planes(const BwdParams& p, const Task& task
     read_tokens(p.u, task, route, p.tokens, Meet::kAssign, u, pitch);
   }
   if (!first && !p.y_per_route) return;
-  if (!p.dy) return clear_planes<C>(dy, int64_t(task.channels) * pitch);
+  if (!p.dy) return clear_planes<C>(dy, int64_t(p.plan.channels) * pitch);
   const int64_t dy_route = p.y_per_route ? route : 0;
   read_tokens(p.dy, task, dy_route, p.tokens, Meet::kAssign, dy, pitch);
   if (!p.z) return;
@@ -400,7 +425,7 @@ __device__ __forceinline__ void write_dz(const BwdParams& p, const Task& task, t
   if (p.dy) {
     read_tokens(p.dy, task, 0, p.tokens, Meet::kTimes, y, pitch);
   } else {
-    clear_planes<C>(y, int64_t(task.channels) * pitch);
+    clear_planes<C>(y, int64_t(p.plan.channels) * pitch);
   }
   __syncthreads();  // dout y is there
   read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSiluSlope, y, pitch);
@@ -412,49 +437,28 @@ template <class C>
 __global__ __launch_bounds__(kBwdThreads, 1) void bwd_kernel(const __grid_constant__ BwdParams p,
                                                              int64_t tasks) {
   using R = typename C::R;
-  const int warp = int(threadIdx.x) / 32, pitch = p.plan.pitch;
-  const Memory<C> memory(p, kShares, p.z ? 4 : 3);
+  const Memory<C> memory(p, kShares, planes_of(p));
+  Walk<C> w(p, memory);
+  const int pitch = p.plan.pitch;
   const int64_t plane = int64_t(p.plan.channels) * pitch;  // those of one kind
   R *u = memory.plane, *dy = u + plane, *du = dy + plane, *y = du + plane;
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
-    const Task task = task_at(p, i);
-    const bool active = warp < task.channels;
-    const int64_t mine = active ? warp : 0, own = mine * pitch;
-    R* A = memory.table + mine * p.plan.table;
-    R* dt_weight = A + 3 * p.state;
-    Walk<C> w{p,
-              memory,
-              task.b,
-              0,
-              task.channel + mine,
-              warp,
-              int(threadIdx.x) % 32,
-              A,
-              A + p.state,
-              A + 2 * p.state,
-              dt_weight,
-              dt_weight + p.rank,
-              u + own,
-              dy + own,
-              du + own,
-              p.z ? y + own : nullptr};
 #pragma unroll 1
     for (int64_t route = p.routes - 1; route >= 0; --route) {
-      w.route = route;
+      begin_block_route(p, memory.now, i, route);
+      const Task& task = memory.now.task;
       const bool first = route + 1 == p.routes;
-      const int64_t all = int64_t(task.channels) * pitch;
-      __syncthreads();  // planes and rows before have been read
       read_planes<C>(p, task, route, u, dy);
-      if (first || p.u_per_route) clear_planes<C>(du, all);
-      if (first && p.z) clear_planes<C>(y, all);
-      if (active) w.begin_route();
-      walk_route(w, task);
-      if (active) w.end_route();
+      if (first || p.u_per_route) clear_planes<C>(du, plane);
+      if (first && p.z) clear_planes<C>(y, plane);
+      if (w.is_there()) begin_route(w);
+      walk_route(w);
+      if (w.is_there()) end_route(w);
       if (!p.u_per_route && route > 0) continue;
       __syncthreads();  // du is complete
       write_tokens(p.du, task, p.u_per_route ? route : 0, p.tokens, du, pitch);
     }
-    if (p.z) write_dz<C>(p, task, y);
+    if (p.z) write_dz<C>(p, memory.now.task, y);
   }
 }
 

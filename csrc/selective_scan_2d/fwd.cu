@@ -11,81 +11,43 @@
 namespace statescan::selective_scan_2d::cuda {
 namespace {
 
-// A warp's channel on a route.
+enum Plane { kU, kY, kPlanes };
+
+// A warp's channel. Its tables: A (state), h (state), dt_weight (rank).
 template <class C>
-struct Walk {
+struct Walk : Own<C> {
   using R = typename C::R;
   const FwdParams& p;
-  int64_t b, route, channel;
-  int lane;
-  R *A, *h, *dt_weight;  // (state), (state), (rank)
-  R *u, *y;              // planes
+  __device__ __forceinline__ Walk(const FwdParams& p, const Memory<C>& memory)
+      : Own<C>{p, memory}, p(p) {}
 
-  __device__ __forceinline__ void begin_route() {
-    load_table<R>(p.A, route, channel, p.state, R(kLog2e), lane, A);
-    load_table<R>(p.dt_weight, route, channel, p.rank, R(1), lane, dt_weight);
-    if (!p.carry || route == 0) {
-      load_states(p.initial_state, b, route, channel, p.state, lane, h);
-    } else if (p.reset_period > 0) {
-      load_states(View<4>{}, b, route, channel, p.state, lane, h);
-    }
-    __syncwarp();  // the tables are complete
-  }
-
-  __device__ __forceinline__ void end_route() {
-    __syncwarp();  // the last lane's states are in the table
-    if (p.carry && route + 1 < p.routes) return;
-    store_states(p.last_state, b, p.carry ? 0 : route, channel, p.state, lane, h);
-  }
-
-  // One state along a tile. y += C h
-  __device__ __forceinline__ R walk_state(const typename C::Items& delta,
-                                          const typename C::Items& delta_u, R* B_row, R* C_row,
-                                          R A_n, R h_n, unsigned starts, typename C::Items& y_t) {
-    typename C::Items a, b_t, C_t;
-    load_items<C>(B_row, lane, b_t);
-    R product = 1, end = 0;
-#pragma unroll
-    for (int j = 0; j < C::kItems; ++j) {
-      a[j] = decay(delta[j], A_n);
-      if (!C::kFast && starts >> j & 1) a[j] = 0;
-      b_t[j] *= delta_u[j];
-      end = advance<C>(a[j], end, b_t[j]);
-      product *= a[j];
-    }
-    R state = enter<C, false>(product, end, h_n, lane);
-    load_items<C>(C_row, lane, C_t);
-#pragma unroll
-    for (int j = 0; j < C::kItems; ++j) {
-      state = advance<C>(a[j], state, b_t[j]);
-      y_t[j] += C_t[j] * state;
-    }
-    return __shfl_sync(kAllLanes, state, 31);
-  }
-
-  // The states of a pass: lane n has what is known of the n-th.
-  __device__ __forceinline__ void walk_states(const Tile& tile, const Pass& pass,
-                                              const typename C::Items& delta,
-                                              const typename C::Items& delta_u, R* rows,
-                                              unsigned starts, typename C::Items& y_t) {
-    const bool mine = lane < pass.states;
-    const int64_t n0 = pass.first_state + lane;
-    const R A_of_lane = mine ? A[n0] : R(0);
-    R h_of_lane = mine ? h[n0] : R(0);
-    if (mine && p.chunk_states != nullptr) {
-      const int64_t row = (b * p.routes + route) * p.chunks() + tile.begin / p.chunk;
-      static_cast<R*>(p.chunk_states)[(row * p.state + n0) * p.dim + channel] = h_of_lane;
-    }
-#pragma unroll 1
-    for (int n = 0; n < pass.states; ++n) {
-      const R end = walk_state(
-          delta, delta_u, rows + (pass.B + n) * C::kSteps, rows + (pass.C + n) * C::kSteps,
-          __shfl_sync(kAllLanes, A_of_lane, n), __shfl_sync(kAllLanes, h_of_lane, n), starts, y_t);
-      if (lane == n) h_of_lane = end;
-    }
-    if (mine) h[n0] = h_of_lane;
-  }
+  __device__ __forceinline__ R* A() const { return this->tables(); }
+  __device__ __forceinline__ R* h() const { return A() + p.state; }
+  __device__ __forceinline__ R* dt_weight() const { return h() + p.state; }
 };
+
+template <class C>
+__device__ __forceinline__ void begin_route(const Walk<C>& w) {
+  using R = typename C::R;
+  const FwdParams& p = w.p;
+  const int64_t route = w.route(), channel = w.channel();
+  load_table<R>(p.A, route, channel, p.state, R(kLog2e), w.lane, w.A());
+  load_table<R>(p.dt_weight, route, channel, p.rank, R(1), w.lane, w.dt_weight());
+  if (!p.carry || route == 0) {
+    load_states(p.initial_state, w.b(), route, channel, p.state, w.lane, w.h());
+  } else if (p.reset_period > 0) {
+    load_states(View<4>{}, 0, 0, 0, p.state, w.lane, w.h());
+  }
+  __syncwarp();  // the tables are complete
+}
+
+template <class C>
+__device__ __forceinline__ void end_route(const Walk<C>& w) {
+  const FwdParams& p = w.p;
+  __syncwarp();  // the states are in the table
+  if (p.carry && w.route() + 1 < p.routes) return;
+  store_states(p.last_state, w.b(), p.carry ? 0 : w.route(), w.channel(), p.state, w.lane, w.h());
+}
 
 // What a lane knows of its steps from pass to pass.
 template <class C>
@@ -95,42 +57,86 @@ struct Steps {
   typename C::Items delta, delta_u, y;
 };
 
+// One state along a tile, from h; its end. y += C h
 template <class C>
-__device__ __forceinline__ void walk_pass(Walk<C>& w, const Parameters<typename C::R>& k,
-                                          const Tile& tile, const Pass& pass, bool complete,
-                                          typename C::R* rows, Steps<C>& s) {
-  const FwdParams& p = w.p;
-  if (pass.has_delta) add_delta<C>(p, rows, pass, w.dt_weight, w.channel, w.lane, s.delta);
-  if (complete) {
-    gather<C>(w.u, s.at, s.y);
+__device__ __forceinline__ typename C::R walk_state(typename C::R* B_row, typename C::R* C_row,
+                                                    typename C::R A, typename C::R h, int lane,
+                                                    Steps<C>& s) {
+  using R = typename C::R;
+  typename C::Items a, b, C_t;
+  load_items<C>(B_row, lane, b);
+  R product = 1, end = 0;
 #pragma unroll
-    for (int j = 0; j < C::kItems; ++j) {
-      s.delta[j] = step_size(s.delta[j], k.bias, p.delta_softplus);
-      if (s.at[j] == kSkip) s.delta[j] = 0;
-      s.delta_u[j] = s.delta[j] * s.y[j];
-      s.y[j] *= k.D;
-    }
+  for (int j = 0; j < C::kItems; ++j) {
+    a[j] = decay(s.delta[j], A);
+    if (!C::kFast && s.starts >> j & 1) a[j] = 0;
+    b[j] *= s.delta_u[j];
+    end = advance<C>(a[j], end, b[j]);
+    product *= a[j];
   }
-  if (pass.has_states) w.walk_states(tile, pass, s.delta, s.delta_u, rows, s.starts, s.y);
+  h = enter<C, false>(product, end, h, lane);
+  load_items<C>(C_row, lane, C_t);
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) {
+    h = advance<C>(a[j], h, b[j]);
+    s.y[j] += C_t[j] * h;
+  }
+  return __shfl_sync(kAllLanes, h, 31);
 }
 
-// All tiles of a route, for all channels of the block. Ends with a barrier.
+// The states of a pass: lane n has what is known of the n-th.
 template <class C>
-__device__ __forceinline__ void walk_route(Walk<C>& w, const Task& task, const Memory<C>& memory) {
+__device__ __forceinline__ void walk_states(const Walk<C>& w, const Tile& tile, const Pass& pass,
+                                            typename C::R* rows, Steps<C>& s) {
+  using R = typename C::R;
   const FwdParams& p = w.p;
-  const Passes passes(p, task);
-  const Helpers helpers(task);
-  const bool active = helpers.thread < 0;
-  if (p.chunks() == 0) return;
-  if (!active) {
-    stage_pass<C>(p, tile_at(p, task.b, w.route, 0), passes.at(0), helpers, memory.buffer(0));
+  const bool mine = w.lane < pass.states;
+  const int64_t n0 = pass.first_state + w.lane;
+  const R A = mine ? w.A()[n0] : R(0);
+  R h = mine ? w.h()[n0] : R(0);
+  if (mine && p.chunk_states != nullptr) {
+    const int64_t row = (tile.b * p.routes + tile.route) * p.chunks() + tile.begin / p.chunk;
+    static_cast<R*>(p.chunk_states)[(row * p.state + n0) * p.dim + w.channel()] = h;
   }
-  const Parameters<typename C::R> k(p, w.route, w.channel);
-  __syncthreads();  // the first rows and the planes are in place
-  int64_t pass_count = 0;
 #pragma unroll 1
-  for (int64_t t = 0; t < p.chunks(); ++t) {
-    const Tile tile = tile_at(p, task.b, w.route, t);
+  for (int n = 0; n < pass.states; ++n) {
+    const R end = walk_state(rows + (pass.B + n) * C::kSteps, rows + (pass.C + n) * C::kSteps,
+                             __shfl_sync(kAllLanes, A, n), __shfl_sync(kAllLanes, h, n), w.lane, s);
+    if (w.lane == n) h = end;
+  }
+  if (mine) w.h()[n0] = h;
+}
+
+// Step sizes; y begins with D u.
+template <class C>
+__device__ __forceinline__ void begin_steps(const Walk<C>& w, const Parameters<typename C::R>& k,
+                                            Steps<C>& s) {
+  gather<C>(w.plane(kU), s.at, s.y);
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) {
+    s.delta[j] = step_size(s.delta[j], k.bias, w.p.delta_softplus);
+    if (s.at[j] == kSkip) s.delta[j] = 0;
+    s.delta_u[j] = s.delta[j] * s.y[j];
+    s.y[j] *= k.D;
+  }
+}
+
+// All tiles of a route, for all channels of the block.
+template <class C>
+__device__ __forceinline__ void walk_route(const Walk<C>& w) {
+  const FwdParams& p = w.p;
+  const Memory<C>& memory = w.memory;
+  const Passes passes(p, memory.now.task);
+  const bool active = w.is_there();
+  const int64_t tiles = p.chunks();
+  if (tiles == 0) return;
+  if (!active) stage_pass<C>(p, memory, 0, passes.at(0), true, memory.buffer(p, 0));
+  const Parameters<typename C::R> k(p, w.route(), active ? w.channel() : memory.now.task.channel);
+  __syncthreads();  // the first rows and the planes are in place
+  int done = 0;     // passes
+#pragma unroll 1
+  for (int64_t t = 0; t < tiles; ++t) {
+    const Tile& tile = memory.now.tile[t & 1];
     Steps<C> s;
     if (active) {
       load_places<C>(p, tile, w.lane, s.at);
@@ -139,21 +145,26 @@ __device__ __forceinline__ void walk_route(Walk<C>& w, const Task& task, const M
       for (int j = 0; j < C::kItems; ++j) s.delta[j] = 0;
     }
 #pragma unroll 1
-    for (int64_t i = 0; i < passes.count; ++i, ++pass_count) {
+    for (int64_t i = 0; i < passes.count; ++i, ++done) {
+      const bool last = i + 1 == passes.count;
       if (active) {
-        walk_pass(w, k, tile, passes.at(i), passes.completes_delta(i), memory.buffer(pass_count),
-                  s);
-      } else if (i + 1 < passes.count || t + 1 < p.chunks()) {
-        const bool last = i + 1 == passes.count;
-        stage_pass<C>(p, tile_at(p, task.b, w.route, last ? t + 1 : t), passes.at(last ? 0 : i + 1),
-                      helpers, memory.buffer(pass_count + 1));
+        const Pass pass = passes.at(i);
+        typename C::R* rows = memory.buffer(p, done);
+        if (pass.has_delta) {
+          add_delta<C>(p, rows, pass, w.dt_weight(), w.channel(), w.lane, s.delta);
+        }
+        if (passes.completes_delta(i)) begin_steps(w, k, s);
+        if (pass.has_states) walk_states(w, tile, pass, rows, s);
+      } else if (!last || t + 1 < tiles) {
+        stage_pass<C>(p, memory, last ? t + 1 : t, passes.at(last ? 0 : i + 1), last,
+                      memory.buffer(p, done + 1));
+      }
+      if (active && last) {
+#pragma unroll
+        for (int j = 0; j < C::kItems; ++j) s.y[j] *= k.weight;
+        add_to<C>(w.plane(kY), s.at, tile.flags, w.lane, s.y);
       }
       __syncthreads();  // these rows have been read, the next are in place
-    }
-    if (active) {
-#pragma unroll
-      for (int j = 0; j < C::kItems; ++j) s.y[j] *= k.weight;
-      add_to<C>(w.y, s.at, tile.flags, w.lane, s.y);
     }
   }
 }
@@ -162,35 +173,22 @@ template <class C>
 __global__ __launch_bounds__(kFwdThreads, 1) void fwd_kernel(const __grid_constant__ FwdParams p,
                                                              int64_t tasks) {
   using R = typename C::R;
-  const Memory<C> memory(p, 0, 2);
-  const int warp = int(threadIdx.x) / 32, pitch = p.plan.pitch;
-  R *u = memory.plane, *y = u + int64_t(p.plan.channels) * pitch;
+  const Memory<C> memory(p, 0, kPlanes);
+  const Walk<C> w(p, memory);
+  const int pitch = p.plan.pitch;
+  const int64_t plane = int64_t(p.plan.channels) * pitch;  // those of one kind
+  R *u = memory.plane, *y = u + plane;
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
-    const Task task = task_at(p, i);
-    const bool active = warp < task.channels;
-    const int mine = active ? warp : 0;
-    R* A = memory.table + mine * p.plan.table;
-    Walk<C> w{p,
-              task.b,
-              0,
-              task.channel + mine,
-              int(threadIdx.x) % 32,
-              A,
-              A + p.state,
-              A + 2 * p.state,
-              u + int64_t(mine) * pitch,
-              y + int64_t(mine) * pitch};
-#pragma unroll 1
     for (int64_t route = 0; route < p.routes; ++route) {
-      w.route = route;
-      __syncthreads();  // planes and rows before have been read
+      begin_block_route(p, memory.now, i, route);
+      const Task& task = memory.now.task;
       if (route == 0 || p.u_per_route) {
         read_tokens(p.u, task, route, p.tokens, Meet::kAssign, u, pitch);
       }
-      if (route == 0 || p.y_per_route) clear_planes<C>(y, int64_t(task.channels) * pitch);
-      if (active) w.begin_route();
-      walk_route(w, task, memory);
-      if (active) w.end_route();
+      if (route == 0 || p.y_per_route) clear_planes<C>(y, plane);
+      if (w.is_there()) begin_route(w);
+      walk_route(w);
+      if (w.is_there()) end_route(w);
       if (!p.y_per_route && route + 1 < p.routes) continue;
       __syncthreads();  // y is complete
       if (p.z) {

@@ -71,7 +71,7 @@ Plan plan(const Problem& p, bool backward, int64_t shared_limit) {
   // Elements of shared memory beside the channels', and of each channel.
   auto common = [&](int64_t steps) { return (2 * plan.rows + shares * kWarps) * steps; };
   auto most = [&](int64_t steps, int64_t each) {
-    const int64_t room = shared_limit / bytes - common(steps);
+    const int64_t room = (shared_limit - kNowBytes) / bytes - common(steps);
     return room < each ? 0 : std::min<int64_t>(room / each, backward ? kWarps - 1 : kWarps);
   };
   int64_t steps = p.chunk, each = plan.table + planes * plan.pitch;
@@ -89,7 +89,7 @@ Plan plan(const Problem& p, bool backward, int64_t shared_limit) {
   if (channels == 0) return plan;
   plan.blocks = (p.dim + channels - 1) / channels;
   plan.channels = plan.blocks > 0 ? int((p.dim + plan.blocks - 1) / plan.blocks) : int(channels);
-  plan.shared_bytes = (common(steps) + plan.channels * each) * bytes;
+  plan.shared_bytes = kNowBytes + (common(steps) + plan.channels * each) * bytes;
   plan.grid = blocks_for(p.batch * plan.blocks, 1);
   if (!plan.on_chip) {  // no more than run at the same time, which bounds the memory for planes
     plan.grid = std::min<int64_t>(plan.grid, 4 * 132);

@@ -71,27 +71,6 @@ __device__ __forceinline__ Task task_at(const Inputs& p, int64_t i) {
   return t;
 }
 
-// The shared memory of a block: two buffers of rows, shares (of the backward), tables, planes.
-template <class C>
-struct Memory {
-  using R = typename C::R;
-  R *row, *share, *table, *plane;
-  int rows;  // of a buffer
-
-  __device__ __forceinline__ explicit Memory(const Inputs& p, int shares, int planes)
-      : row(dynamic_shared<R>()),
-        share(row + 2 * p.plan.rows * C::kSteps),
-        table(share + shares * kWarps * C::kSteps),
-        plane(table + p.plan.channels * p.plan.table),
-        rows(p.plan.rows) {
-    if (!C::kFast && p.planes != nullptr) {
-      plane =
-          static_cast<R*>(p.planes) + int64_t(blockIdx.x) * planes * p.plan.channels * p.plan.pitch;
-    }
-  }
-  __device__ __forceinline__ R* buffer(int64_t i) const { return row + (i & 1) * rows * C::kSteps; }
-};
-
 // A piece of a route.
 struct Tile {
   int64_t b, route, begin;  // begin: the first step
@@ -108,6 +87,65 @@ __device__ __forceinline__ Tile tile_at(const Inputs& p, int64_t b, int64_t rout
           left < p.chunk ? int(left) : int(p.chunk),
           int(__ldg(p.flags + row)),
           p.place + row * p.chunk};
+}
+
+// Where a block is: in shared memory, since what follows from it would fill the registers.
+struct alignas(32) Now {
+  Task task;
+  int64_t route;
+  SharedArray<Tile, 2> tile;  // the i-th in i % 2: while one is walked, the next is prepared
+};
+inline constexpr int kNowBytes = int(sizeof(Now));
+
+// The shared memory of a block: where it is, two buffers of rows, shares (of the backward), tables,
+// planes.
+template <class C>
+struct Memory {
+  using R = typename C::R;
+  Now& now;
+  R *row, *share, *table, *plane;
+
+  __device__ __forceinline__ explicit Memory(const Inputs& p, int shares, int planes)
+      : now(*dynamic_shared<Now>()),
+        row(reinterpret_cast<R*>(&now + 1)),
+        share(row + 2 * p.plan.rows * C::kSteps),
+        table(share + shares * kWarps * C::kSteps),
+        plane(table + p.plan.channels * p.plan.table) {
+    if (!C::kFast && p.planes != nullptr) {
+      plane =
+          static_cast<R*>(p.planes) + int64_t(blockIdx.x) * planes * p.plan.channels * p.plan.pitch;
+    }
+  }
+  __device__ __forceinline__ R* buffer(const Inputs& p, int64_t i) const {
+    return row + (i & 1) * p.plan.rows * C::kSteps;
+  }
+};
+
+// A warp's channel.
+template <class C>
+struct Own {
+  using R = typename C::R;
+  const Inputs& p;
+  const Memory<C>& memory;
+  int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+
+  __device__ __forceinline__ bool is_there() const { return warp < memory.now.task.channels; }
+  __device__ __forceinline__ int64_t b() const { return memory.now.task.b; }
+  __device__ __forceinline__ int64_t route() const { return memory.now.route; }
+  __device__ __forceinline__ int64_t channel() const { return memory.now.task.channel + warp; }
+  __device__ __forceinline__ R* tables() const { return memory.table + warp * p.plan.table; }
+  // The i-th kind of plane.
+  __device__ __forceinline__ R* plane(int i) const {
+    return memory.plane + (int64_t(i) * p.plan.channels + warp) * p.plan.pitch;
+  }
+};
+
+// Says where the block goes; before, what it was at has been read.
+__device__ __forceinline__ void begin_block_route(const Inputs& p, Now& now, int64_t task,
+                                                  int64_t route) {
+  __syncthreads();  // what belongs to the route before has been read
+  if (threadIdx.x == 0) now.task = task_at(p, task), now.route = route;
+  __syncthreads();  // task and route are known
 }
 
 // ---- a lane's steps
@@ -232,7 +270,7 @@ __device__ __forceinline__ void stage_rows(const T* data, const View<4>& x, cons
     constexpr int kVec = kPackSize<T>, kPacks = C::kSteps / kVec;
     if (tile.steps == C::kSteps && !(tile.flags & kHoles) && x.stride[3] == 1 &&
         selective_scan::cuda::is_aligned(from, x.stride[2], kVec)) {
-#pragma unroll 4
+#pragma unroll(C::kFast ? 4 : 1)
       for (int i = helpers.thread; i < count * kPacks; i += helpers.count) {
         const int row = i / kPacks, t = i % kPacks * kVec;
         float v[kVec];
@@ -257,9 +295,13 @@ __device__ __forceinline__ void stage_rows(const T* data, const View<4>& x, cons
   }
 }
 
+// Brings the rows of a pass of tile i; with the first what is known of the tile.
 template <class C>
-__device__ __forceinline__ void stage_pass(const Inputs& p, const Tile& tile, const Pass& pass,
-                                           const Helpers& helpers, typename C::R* rows) {
+__device__ __forceinline__ void stage_pass(const Inputs& p, const Memory<C>& memory, int64_t i_tile,
+                                           const Pass& pass, bool first, typename C::R* rows) {
+  const Helpers helpers(memory.now.task);
+  const Tile tile = tile_at(p, memory.now.task.b, memory.now.route, i_tile);
+  if (first && helpers.thread == 0) memory.now.tile[i_tile & 1] = tile;
 #pragma unroll 1
   for (int i = pass.has_delta ? 0 : 1; i < (pass.has_states ? 3 : 1); ++i) {
     const View<4>& x = i == 0 ? p.delta : i == 1 ? p.B : p.C;

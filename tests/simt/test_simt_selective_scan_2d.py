@@ -1,6 +1,6 @@
-"""The CUDA side of selective_scan_2d on the emulator, and on the GPU where there is one: the cases of
-the CPU, against the reference in float64. Small and ragged: around tiles of 64 and 256 steps, blocks
-of 8 channels, passes of 16 rows of narrow operands and of 8 states."""
+"""The CUDA side of selective_scan_2d on the emulator, and on the GPU where there is one: the cases
+of the CPU, against the reference in float64. Small and ragged: around tiles of 64 and 256 steps,
+blocks of 8 channels, passes of 16 rows of narrow operands and of 8 states."""
 
 import emulator
 import pytest

@@ -141,8 +141,8 @@ def selective_scan_2d(
 
 
 def chunk_size(u: Tensor, steps: int, dtype: torch.dtype) -> int:
-    """Steps between two saved states, see docs/selective_scan_2d.md. On a GPU a tile of the kernels,
-    32 lanes with 2 or with 8 steps each."""
+    """Steps between two saved states, see docs/selective_scan_2d.md. On a GPU it is a tile of the
+    kernels, 32 lanes with 2 or with 8 steps each."""
     if not u.is_cuda:
         return 128
     return 64 if steps <= 64 or dtype == torch.float64 else 256
