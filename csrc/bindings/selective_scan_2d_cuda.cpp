@@ -35,9 +35,10 @@ Memory prepare(const RoutedOperands& x, bool backward, cudaStream_t stream, cuda
     fail("state and rank must fit in shared memory on this GPU, got state = " +
          std::to_string(p.state) + " and rank = " + std::to_string(p.rank));
   }
+  p.tiles = p.chunks();
   p.place_per_batch = p.index_stride[0] != 0;
-  Memory memory{empty(x.u, {p.tables(), p.routes, p.chunks(), p.chunk}, ScalarType::Int),
-                empty(x.u, {p.tables(), p.routes, p.chunks()}, ScalarType::Int),
+  Memory memory{empty(x.u, {p.tables(), p.routes, p.tiles, p.chunk}, ScalarType::Int),
+                empty(x.u, {p.tables(), p.routes, p.tiles}, ScalarType::Int),
                 {}};
   p.place = static_cast<int32_t*>(memory.place.data_ptr());
   p.flags = static_cast<int32_t*>(memory.flags.data_ptr());

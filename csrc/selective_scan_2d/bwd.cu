@@ -27,9 +27,13 @@ __device__ __forceinline__ typename C::R* share_of(const Memory<C>& memory, int 
 }
 
 enum Plane { kU, kDy, kDu, kY };  // kY with a gate only
-__device__ __forceinline__ int planes_of(const BwdParams& p) { return p.z ? 4 : 3; }
+// Known at compile time where there is none.
+template <class C>
+__device__ __forceinline__ int kinds_of(const BwdParams& p) {
+  return !C::kFast && p.z ? 4 : 3;
+}
 
-// A warp's channel. Its tables: A, dh, dA (state), dt_weight, ddt_weight (rank).
+// A warp's channel. Its tables: A, dh, dA (state), ddt_weight (rank).
 template <class C>
 struct Walk : Own<C> {
   using R = typename C::R;
@@ -41,8 +45,7 @@ struct Walk : Own<C> {
   __device__ __forceinline__ R* A() const { return this->tables(); }
   __device__ __forceinline__ R* dh() const { return A() + p.state; }
   __device__ __forceinline__ R* dA() const { return A() + 2 * p.state; }
-  __device__ __forceinline__ R* dt_weight() const { return A() + 3 * p.state; }
-  __device__ __forceinline__ R* ddt_weight() const { return dt_weight() + p.rank; }
+  __device__ __forceinline__ R* ddt_weight() const { return A() + 3 * p.state; }
 };
 
 template <class C>
@@ -54,7 +57,7 @@ __device__ __forceinline__ void begin_route(Walk<C>& w) {
     load_states(View<4>{}, 0, 0, 0, count, w.lane, table);
   };
   load_table<R>(p.A, route, channel, p.state, R(kLog2e), w.lane, w.A());
-  load_table<R>(p.dt_weight, route, channel, p.rank, R(1), w.lane, w.dt_weight());
+  load_table<R>(p.dt_weight, route, channel, p.rank, R(1), w.lane, w.dt_weight(), kWarps);
   clear(w.dA(), p.state);
   clear(w.ddt_weight(), p.rank);
   if (!p.carry || route + 1 == p.routes) {
@@ -64,6 +67,15 @@ __device__ __forceinline__ void begin_route(Walk<C>& w) {
   }
   w.dD = w.dbias = w.dweight = 0;
   __syncwarp();  // the tables are complete
+}
+
+// A warp without a channel has no share in sums over the channels.
+template <class C>
+__device__ __forceinline__ void clear_shares(const Walk<C>& w) {
+  for (int i = w.lane; i < kShares * C::kSteps; i += 32) {
+    share_of(w.memory, i / C::kSteps, w.warp)[i % C::kSteps] = 0;
+  }
+  for (int64_t r = w.lane; r < w.p.rank; r += 32) w.dt_weight()[r * kWarps] = 0;
 }
 
 template <class C>
@@ -178,23 +190,22 @@ template <class C>
 __device__ __forceinline__ void write_ddt(const BwdParams& p, const Memory<C>& memory,
                                           const Tile& tile, int64_t row) {
   using R = typename C::R;
-  const Task& task = memory.now.task;
-  const R* dt_weights = memory.table + 3 * p.state;
+  R* to = static_cast<R*>(p.ddt) + row * p.rank + tile.begin;
 #pragma unroll 1
   for (int t = int(threadIdx.x); t < tile.steps; t += blockDim.x) {
     R ddelta[kWarps];
 #pragma unroll
-    for (int c = 0; c < kWarps; ++c) {
-      ddelta[c] = c < task.channels ? share_of(memory, kDDelta, c)[in_row<C>(t)] : R(0);
-    }
-#pragma unroll 1
-    for (int64_t r = 0; r < p.rank; ++r) {
+    for (int c = 0; c < kWarps; ++c) ddelta[c] = share_of(memory, kDDelta, c)[in_row<C>(t)];
+#pragma unroll 2
+    for (int r = 0; r < int(p.rank); ++r) {
       R sum = 0;
 #pragma unroll
-      for (int c = 0; c < kWarps; ++c) {
-        if (c < task.channels) sum += ddelta[c] * dt_weights[c * p.plan.table + r];
+      for (int c = 0; c < kWarps; c += 4) {
+        const auto w = several<4>(memory.dt_weight[r * kWarps + c]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum += ddelta[c + j] * w.x[j];
       }
-      static_cast<R*>(p.ddt)[row * p.rank + r * p.steps + tile.begin + t] = sum;
+      to[r * p.steps + t] = sum;
     }
   }
 }
@@ -204,18 +215,18 @@ template <class C>
 __device__ __forceinline__ void write_sums(const BwdParams& p, const Memory<C>& memory,
                                            const Tile& tile, int64_t n) {
   using R = typename C::R;
-  const Task& task = memory.now.task;
-  const int64_t row = ((task.block * p.routes + tile.route) * p.batch + task.b) * p.steps;
+  const int64_t row =
+      ((memory.now.task.block * p.routes + tile.route) * p.batch + tile.b) * p.steps;
+  R* to[2] = {static_cast<R*>(p.dB), static_cast<R*>(p.dC)};
 #pragma unroll 1
-  for (int i = int(threadIdx.x); i < 2 * C::kSteps; i += blockDim.x) {
-    const int which = i / C::kSteps, t = i % C::kSteps;
-    if (t >= tile.steps) continue;
-    R sum = 0;
+  for (int t = int(threadIdx.x); t < tile.steps; t += blockDim.x) {
 #pragma unroll
-    for (int c = 0; c < kWarps; ++c) {
-      if (c < task.channels) sum += share_of(memory, which, c)[in_row<C>(t)];
+    for (int which = kDB; which <= kDC; ++which) {
+      R sum = 0;
+#pragma unroll
+      for (int c = 0; c < kWarps; ++c) sum += share_of(memory, which, c)[in_row<C>(t)];
+      to[which][(row + tile.begin + t) * p.state + n] = sum;
     }
-    static_cast<R*>(which == kDB ? p.dB : p.dC)[(row + tile.begin + t) * p.state + n] = sum;
   }
   if (n + 1 < p.state) return;
   p.rank == 0 ? write_ddelta(p, memory, tile) : write_ddt(p, memory, tile, row);
@@ -224,21 +235,26 @@ __device__ __forceinline__ void write_sums(const BwdParams& p, const Memory<C>& 
 // What has to be known of a step before the walks along states.
 template <class C>
 __device__ __forceinline__ void begin_steps(const Walk<C>& w, const Parameters<typename C::R>& k,
-                                            Steps<C>& s) {
-  using R = typename C::R;
+                                            int flags, Steps<C>& s) {
   const BwdParams& p = w.p;
-  gather<C>(w.plane(kU), s.at, s.u);
-  gather<C>(w.plane(kDy), s.at, s.dy);
+  gather<C>(w.plane() + kU, kinds_of<C>(p), flags, s.at, s.u);
+  gather<C>(w.plane() + kDy, kinds_of<C>(p), flags, s.at, s.dy);
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) {
-    const R x = s.delta[j] + k.bias;
-    const bool skipped = s.at[j] == kSkip;
-    s.slope[j] = skipped ? R(0) : p.delta_softplus ? sigmoid(x) : R(1);
-    s.delta[j] = skipped ? R(0) : step_size(s.delta[j], k.bias, p.delta_softplus);
+    s.slope[j] = 1;
     s.dy[j] *= k.weight;
     s.d_delta[j] = s.d_delta_u[j] = 0;
     if constexpr (!C::kFast) s.y[j] = k.D * s.u[j];
   }
+  if (p.delta_softplus) {
+#pragma unroll
+    for (int j = 0; j < C::kItems; ++j) s.slope[j] = sigmoid(s.delta[j] + k.bias);
+  }
+  if (flags & kHoles) {
+#pragma unroll
+    for (int j = 0; j < C::kItems; ++j) s.slope[j] = s.at[j] == kSkip ? 0 : s.slope[j];
+  }
+  find_step_sizes<C>(p, k.bias, flags, s.at, s.delta);
 }
 
 // What needs y: the gradients of the weights and of the gate.
@@ -247,15 +263,11 @@ __device__ __forceinline__ void add_outputs(Walk<C>& w, const Parameters<typenam
                                             const Tile& tile, Steps<C>& s) {
   if (w.p.weights) {
     typename C::Items dy;
-    gather<C>(w.plane(kDy), s.at, dy);
+    gather<C>(w.plane() + kDy, kinds_of<C>(w.p), tile.flags, s.at, dy);
 #pragma unroll
     for (int j = 0; j < C::kItems; ++j) w.dweight += s.y[j] * dy[j];
   }
-  if (w.p.z) {
-#pragma unroll
-    for (int j = 0; j < C::kItems; ++j) s.y[j] *= k.weight;
-    add_to<C>(w.plane(kY), s.at, tile.flags, w.lane, s.y);
-  }
+  if (w.p.z) add_to<C>(w.plane() + kY, 4, tile.flags, s.at, w.lane, k.weight, s.y);
 }
 
 // After the last state: delta becomes ddelta.
@@ -273,7 +285,7 @@ __device__ __forceinline__ void end_steps(Walk<C>& w, const Parameters<typename 
   }
   // Again, rather than kept in registers while states are walked.
   if constexpr (!C::kFast) load_places<C>(w.p, tile, w.lane, s.at);
-  add_to<C>(w.plane(kDu), s.at, tile.flags, w.lane, du);
+  add_to<C>(w.plane() + kDu, kinds_of<C>(w.p), tile.flags, s.at, w.lane, R(1), du);
   if constexpr (!C::kFast) add_outputs(w, k, tile, s);
   store_items<C>(share_of(w.memory, kDDelta, w.warp), w.lane, s.delta);
 }
@@ -283,15 +295,21 @@ template <class C>
 __device__ __forceinline__ void add_to_dt_weight(Walk<C>& w, const Pass& pass, typename C::R* rows,
                                                  const typename C::Items& ddelta) {
   using R = typename C::R;
-#pragma unroll 2
-  for (int r = 0; r < pass.rows; ++r) {
-    typename C::Items dt;
-    load_items<C>(rows + r * C::kSteps, w.lane, dt);
-    R sum = 0;
+#pragma unroll 1
+  for (int r = 0; r < pass.rows; r += 4) {
+    R sums[4];
 #pragma unroll
-    for (int j = 0; j < C::kItems; ++j) sum += ddelta[j] * dt[j];
-    sum = sum_over_warp(sum);
-    if (w.lane == 0) w.ddt_weight()[pass.first_row + r] += sum;
+    for (int i = 0; i < 4; ++i) {
+      sums[i] = 0;
+      if (r + i >= pass.rows) continue;
+      typename C::Items dt;
+      load_items<C>(rows + (r + i) * C::kSteps, w.lane, dt);
+#pragma unroll
+      for (int j = 0; j < C::kItems; ++j) sums[i] += ddelta[j] * dt[j];
+    }
+    const R sum = sum_four_over_warp(sums, w.lane);
+    const int mine = r + w.lane / 8;
+    if (w.lane % 8 == 0 && mine < pass.rows) w.ddt_weight()[pass.first_row + mine] += sum;
   }
 }
 
@@ -301,7 +319,7 @@ __device__ __forceinline__ typename C::R saved_state(const Walk<C>& w, const Til
                                                      const Pass& pass, bool active) {
   const BwdParams& p = w.p;
   if (!active || w.lane >= pass.states) return 0;
-  const int64_t row = (tile.b * p.routes + tile.route) * p.chunks() + tile.begin / p.chunk;
+  const int64_t row = (tile.b * p.routes + tile.route) * p.tiles + tile.i;
   const int64_t at = (row * p.state + pass.first_state + w.lane) * p.dim + w.channel();
   return __ldg(static_cast<const typename C::R*>(p.chunk_states) + at);
 }
@@ -349,19 +367,19 @@ __device__ __forceinline__ void walk_route(Walk<C>& w) {
   using R = typename C::R;
   const BwdParams& p = w.p;
   const Memory<C>& memory = w.memory;
-  const Passes passes(p, memory.now.task);
+  const Passes<C> passes(p, memory.now.task);
   const bool active = w.is_there();
   // Low-rank delta comes once more, for the gradient of its weights, if it does not stay.
-  const int64_t again = p.rank > 0 ? passes.of_delta : 0, count = passes.count + again;
-  auto pass_at = [&](int64_t i) { return passes.at(i < passes.count ? i : i - passes.count); };
-  const int64_t tiles = p.chunks();
+  const int again = p.rank > 0 ? passes.of_delta : 0, count = passes.count + again;
+  auto pass_at = [&](int i) { return passes.at(i < passes.count ? i : i - passes.count); };
+  const int tiles = int(p.tiles);
   if (tiles == 0) return;
   if (!active) stage_pass<C>(p, memory, tiles - 1, pass_at(0), true, memory.buffer(p, 0));
   const Parameters<R> k(p, w.route(), active ? w.channel() : memory.now.task.channel);
   __syncthreads();  // the first rows and the planes are in place
   int done = 0;     // passes
 #pragma unroll 1
-  for (int64_t t = tiles - 1; t >= 0; --t) {
+  for (int t = tiles - 1; t >= 0; --t) {
     const Tile& tile = memory.now.tile[t & 1];
     Steps<C> s;
     if (active) {
@@ -371,7 +389,7 @@ __device__ __forceinline__ void walk_route(Walk<C>& w) {
       for (int j = 0; j < C::kItems; ++j) s.delta[j] = 0;
     }
 #pragma unroll 1
-    for (int64_t i = 0; i < count; ++i, ++done) {
+    for (int i = 0; i < count; ++i, ++done) {
       const Pass pass = pass_at(i);
       const bool back = i >= passes.count, last = i + 1 == count;
       R* rows = memory.buffer(p, done);
@@ -385,7 +403,7 @@ __device__ __forceinline__ void walk_route(Walk<C>& w) {
         if (pass.has_delta) {
           add_delta<C>(p, rows, pass, w.dt_weight(), w.channel(), w.lane, s.delta);
         }
-        if (passes.completes_delta(i)) begin_steps(w, k, s);
+        if (passes.completes_delta(i)) begin_steps(w, k, tile.flags, s);
       }
       if (pass.has_states) {
         walk_states(w, k, tile, pass, active, rows, h, s, stage);
@@ -402,63 +420,65 @@ __device__ __forceinline__ void walk_route(Walk<C>& w) {
 
 // Planes of u, and of the gradient of y before the gate.
 template <class C>
-__device__ __forceinline__ void read_planes(const BwdParams& p, const Task& task, int64_t route,
-                                            typename C::R* u, typename C::R* dy) {
-  const int pitch = p.plan.pitch;
+__device__ __forceinline__ void read_planes(const BwdParams& p, const Memory<C>& memory) {
+  const Task& task = memory.now.task;
+  const int64_t route = memory.now.route;
   const bool first = route + 1 == p.routes;
   if (first || p.u_per_route) {
-    read_tokens(p.u, task, route, p.tokens, Meet::kAssign, u, pitch);
+    read_tokens(p.u, task, route, p.tokens, Meet::kAssign, planes_of(p, memory, kU));
   }
   if (!first && !p.y_per_route) return;
-  if (!p.dy) return clear_planes<C>(dy, int64_t(p.plan.channels) * pitch);
-  const int64_t dy_route = p.y_per_route ? route : 0;
-  read_tokens(p.dy, task, dy_route, p.tokens, Meet::kAssign, dy, pitch);
+  const auto dy = planes_of(p, memory, kDy);
+  if (!p.dy) return dy.clear(task.channels);
+  read_tokens(p.dy, task, p.y_per_route ? route : 0, p.tokens, Meet::kAssign, dy);
   if (!p.z) return;
   __syncthreads();  // the gradient is there
-  read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSilu, dy, pitch);
+  read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSilu, dy);
 }
 
 // dz = dout y silu'(z)
 template <class C>
-__device__ __forceinline__ void write_dz(const BwdParams& p, const Task& task, typename C::R* y) {
-  const int pitch = p.plan.pitch;
+__device__ __forceinline__ void write_dz(const BwdParams& p, const Memory<C>& memory) {
+  const Task& task = memory.now.task;
+  const auto y = planes_of(p, memory, kY);
   if (p.dy) {
-    read_tokens(p.dy, task, 0, p.tokens, Meet::kTimes, y, pitch);
+    read_tokens(p.dy, task, 0, p.tokens, Meet::kTimes, y);
   } else {
-    clear_planes<C>(y, int64_t(p.plan.channels) * pitch);
+    y.clear(task.channels);
   }
   __syncthreads();  // dout y is there
-  read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSiluSlope, y, pitch);
+  read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSiluSlope, y);
   __syncthreads();  // dz is there
-  write_tokens(with_routes(p.dz), task, 0, p.tokens, y, pitch);
+  write_tokens(with_routes(p.dz), task, 0, p.tokens, y);
 }
 
 template <class C>
 __global__ __launch_bounds__(kBwdThreads, 1) void bwd_kernel(const __grid_constant__ BwdParams p,
                                                              int64_t tasks) {
-  using R = typename C::R;
-  const Memory<C> memory(p, kShares, planes_of(p));
+  const Memory<C> memory(p, kShares, kinds_of<C>(p));
   Walk<C> w(p, memory);
-  const int pitch = p.plan.pitch;
-  const int64_t plane = int64_t(p.plan.channels) * pitch;  // those of one kind
-  R *u = memory.plane, *dy = u + plane, *du = dy + plane, *y = du + plane;
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
 #pragma unroll 1
     for (int64_t route = p.routes - 1; route >= 0; --route) {
       begin_block_route(p, memory.now, i, route);
       const Task& task = memory.now.task;
       const bool first = route + 1 == p.routes;
-      read_planes<C>(p, task, route, u, dy);
-      if (first || p.u_per_route) clear_planes<C>(du, plane);
-      if (first && p.z) clear_planes<C>(y, plane);
-      if (w.is_there()) begin_route(w);
+      read_planes(p, memory);
+      const auto du = planes_of(p, memory, kDu);
+      if (first || p.u_per_route) du.clear(task.channels);
+      if constexpr (!C::kFast) {
+        if (first && p.z) planes_of(p, memory, kY).clear(task.channels);
+      }
+      w.is_there() ? begin_route(w) : clear_shares(w);
       walk_route(w);
       if (w.is_there()) end_route(w);
       if (!p.u_per_route && route > 0) continue;
       __syncthreads();  // du is complete
-      write_tokens(p.du, task, p.u_per_route ? route : 0, p.tokens, du, pitch);
+      write_tokens(p.du, task, p.u_per_route ? route : 0, p.tokens, du);
     }
-    if (p.z) write_dz<C>(p, memory.now.task, y);
+    if constexpr (!C::kFast) {
+      if (p.z) write_dz(p, memory);
+    }
   }
 }
 

@@ -11,9 +11,8 @@ namespace statescan::selective_scan_2d::cuda {
 // A warp has a channel, its lanes have neighbouring steps: 2 or 8 of them in a tile. Further warps bring
 // what all channels share.
 inline constexpr int kWarps = 8;  // with a channel, at most
-inline constexpr int kFwdThreads = 32 * (kWarps + 4);
-inline constexpr int kBwdThreads =
-    32 * kWarps;  // one of them without: each needs up to 255 registers
+inline constexpr int kFwdThreads = 32 * (kWarps + 2);
+inline constexpr int kBwdThreads = 32 * kWarps;  // one at least without
 inline constexpr int kShortTile = 64, kLongTile = 256;
 
 // Where a step is in a plane of tokens; negative: a step of no token.
@@ -34,7 +33,7 @@ struct Plan {
   bool together;   // all rows of narrow operands fit in a pass
   int rows;        // in shared memory at a time, twice
   int table;       // elements of a channel's tables
-  int pitch;       // elements from one plane to the next
+  int pitch;       // tokens of a plane, with spare ones in between
   int64_t shared_bytes;
   int64_t grid;            // blocks of the launch
   int64_t plane_elements;  // in global memory, for all blocks of the launch
@@ -44,8 +43,9 @@ struct Inputs : Problem {
   const int32_t* place;  // (batch or 1, route, tile, chunk)
   const int32_t* flags;  // (batch or 1, route, tile)
   bool place_per_batch;
+  int64_t tiles;  // of a route
   Plan plan;
-  void* planes;  // null: in shared memory
+  void* planes;  // (block, channel, token, kind); null: in shared memory
 
   STATESCAN_HOST_DEVICE int64_t tables() const { return place_per_batch ? batch : 1; }
 };

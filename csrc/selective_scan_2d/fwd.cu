@@ -3,7 +3,7 @@
 //   map --u--> planes in shared memory --gather--> scan of a tile --add--> planes of y --gate--> map
 //                                                    ^ rows of dt, B, C of the tile
 //
-// Grid over (batch, block of channels). Shared memory: rows, tables of each channel (A, h, dt_weight),
+// Grid over (batch, block of channels). Shared memory: rows, dt_weight, tables of each channel (A, h),
 // planes of u and y if they fit; else they are in global memory.
 #include "common/launch.h"
 #include "selective_scan_2d/tile.cuh"
@@ -13,7 +13,7 @@ namespace {
 
 enum Plane { kU, kY, kPlanes };
 
-// A warp's channel. Its tables: A (state), h (state), dt_weight (rank).
+// A warp's channel. Its tables: A (state), h (state).
 template <class C>
 struct Walk : Own<C> {
   using R = typename C::R;
@@ -23,7 +23,6 @@ struct Walk : Own<C> {
 
   __device__ __forceinline__ R* A() const { return this->tables(); }
   __device__ __forceinline__ R* h() const { return A() + p.state; }
-  __device__ __forceinline__ R* dt_weight() const { return h() + p.state; }
 };
 
 template <class C>
@@ -32,7 +31,7 @@ __device__ __forceinline__ void begin_route(const Walk<C>& w) {
   const FwdParams& p = w.p;
   const int64_t route = w.route(), channel = w.channel();
   load_table<R>(p.A, route, channel, p.state, R(kLog2e), w.lane, w.A());
-  load_table<R>(p.dt_weight, route, channel, p.rank, R(1), w.lane, w.dt_weight());
+  load_table<R>(p.dt_weight, route, channel, p.rank, R(1), w.lane, w.dt_weight(), kWarps);
   if (!p.carry || route == 0) {
     load_states(p.initial_state, w.b(), route, channel, p.state, w.lane, w.h());
   } else if (p.reset_period > 0) {
@@ -95,7 +94,7 @@ __device__ __forceinline__ void walk_states(const Walk<C>& w, const Tile& tile, 
   const R A = mine ? w.A()[n0] : R(0);
   R h = mine ? w.h()[n0] : R(0);
   if (mine && p.chunk_states != nullptr) {
-    const int64_t row = (tile.b * p.routes + tile.route) * p.chunks() + tile.begin / p.chunk;
+    const int64_t row = (tile.b * p.routes + tile.route) * p.tiles + tile.i;
     static_cast<R*>(p.chunk_states)[(row * p.state + n0) * p.dim + w.channel()] = h;
   }
 #pragma unroll 1
@@ -110,12 +109,11 @@ __device__ __forceinline__ void walk_states(const Walk<C>& w, const Tile& tile, 
 // Step sizes; y begins with D u.
 template <class C>
 __device__ __forceinline__ void begin_steps(const Walk<C>& w, const Parameters<typename C::R>& k,
-                                            Steps<C>& s) {
-  gather<C>(w.plane(kU), s.at, s.y);
+                                            int flags, Steps<C>& s) {
+  gather<C>(w.plane() + kU, kPlanes, flags, s.at, s.y);
+  find_step_sizes<C>(w.p, k.bias, flags, s.at, s.delta);
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) {
-    s.delta[j] = step_size(s.delta[j], k.bias, w.p.delta_softplus);
-    if (s.at[j] == kSkip) s.delta[j] = 0;
     s.delta_u[j] = s.delta[j] * s.y[j];
     s.y[j] *= k.D;
   }
@@ -126,16 +124,16 @@ template <class C>
 __device__ __forceinline__ void walk_route(const Walk<C>& w) {
   const FwdParams& p = w.p;
   const Memory<C>& memory = w.memory;
-  const Passes passes(p, memory.now.task);
+  const Passes<C> passes(p, memory.now.task);
   const bool active = w.is_there();
-  const int64_t tiles = p.chunks();
+  const int tiles = int(p.tiles);
   if (tiles == 0) return;
   if (!active) stage_pass<C>(p, memory, 0, passes.at(0), true, memory.buffer(p, 0));
   const Parameters<typename C::R> k(p, w.route(), active ? w.channel() : memory.now.task.channel);
   __syncthreads();  // the first rows and the planes are in place
   int done = 0;     // passes
 #pragma unroll 1
-  for (int64_t t = 0; t < tiles; ++t) {
+  for (int t = 0; t < tiles; ++t) {
     const Tile& tile = memory.now.tile[t & 1];
     Steps<C> s;
     if (active) {
@@ -145,7 +143,7 @@ __device__ __forceinline__ void walk_route(const Walk<C>& w) {
       for (int j = 0; j < C::kItems; ++j) s.delta[j] = 0;
     }
 #pragma unroll 1
-    for (int64_t i = 0; i < passes.count; ++i, ++done) {
+    for (int i = 0; i < passes.count; ++i, ++done) {
       const bool last = i + 1 == passes.count;
       if (active) {
         const Pass pass = passes.at(i);
@@ -153,16 +151,14 @@ __device__ __forceinline__ void walk_route(const Walk<C>& w) {
         if (pass.has_delta) {
           add_delta<C>(p, rows, pass, w.dt_weight(), w.channel(), w.lane, s.delta);
         }
-        if (passes.completes_delta(i)) begin_steps(w, k, s);
+        if (passes.completes_delta(i)) begin_steps(w, k, tile.flags, s);
         if (pass.has_states) walk_states(w, tile, pass, rows, s);
       } else if (!last || t + 1 < tiles) {
         stage_pass<C>(p, memory, last ? t + 1 : t, passes.at(last ? 0 : i + 1), last,
                       memory.buffer(p, done + 1));
       }
       if (active && last) {
-#pragma unroll
-        for (int j = 0; j < C::kItems; ++j) s.y[j] *= k.weight;
-        add_to<C>(w.plane(kY), s.at, tile.flags, w.lane, s.y);
+        add_to<C>(w.plane() + kY, kPlanes, tile.flags, s.at, w.lane, k.weight, s.y);
       }
       __syncthreads();  // these rows have been read, the next are in place
     }
@@ -170,32 +166,31 @@ __device__ __forceinline__ void walk_route(const Walk<C>& w) {
 }
 
 template <class C>
-__global__ __launch_bounds__(kFwdThreads, 1) void fwd_kernel(const __grid_constant__ FwdParams p,
-                                                             int64_t tasks) {
+__global__ __launch_bounds__(kFwdThreads,
+                             C::kFwdBlocks) void fwd_kernel(const __grid_constant__ FwdParams p,
+                                                            int64_t tasks) {
   using R = typename C::R;
   const Memory<C> memory(p, 0, kPlanes);
   const Walk<C> w(p, memory);
-  const int pitch = p.plan.pitch;
-  const int64_t plane = int64_t(p.plan.channels) * pitch;  // those of one kind
-  R *u = memory.plane, *y = u + plane;
+  const Planes<R> u = planes_of(p, memory, kU), y = planes_of(p, memory, kY);
   for (int64_t i = blockIdx.x; i < tasks; i += gridDim.x) {
     for (int64_t route = 0; route < p.routes; ++route) {
       begin_block_route(p, memory.now, i, route);
       const Task& task = memory.now.task;
       if (route == 0 || p.u_per_route) {
-        read_tokens(p.u, task, route, p.tokens, Meet::kAssign, u, pitch);
+        read_tokens(p.u, task, route, p.tokens, Meet::kAssign, u);
       }
-      if (route == 0 || p.y_per_route) clear_planes<C>(y, plane);
+      if (route == 0 || p.y_per_route) y.clear(task.channels);
       if (w.is_there()) begin_route(w);
       walk_route(w);
       if (w.is_there()) end_route(w);
       if (!p.y_per_route && route + 1 < p.routes) continue;
       __syncthreads();  // y is complete
       if (p.z) {
-        read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSilu, y, pitch);
+        read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSilu, y);
         __syncthreads();  // y is gated
       }
-      write_tokens(p.y, task, p.y_per_route ? route : 0, p.tokens, y, pitch);
+      write_tokens(p.y, task, p.y_per_route ? route : 0, p.tokens, y);
     }
   }
 }

@@ -54,10 +54,10 @@ __global__ __launch_bounds__(kLongTile) void places_kernel(const Inputs p, Divis
 }  // namespace
 
 void find_places(const Inputs& p, int32_t* place, int32_t* flags, cudaStream_t stream) {
-  const int64_t tasks = p.tables() * p.routes * p.chunks();
+  const int64_t tasks = p.tables() * p.routes * p.tiles;
   if (tasks == 0) return;
   launch("selective_scan_2d places", places_kernel, blocks_for(tasks, 1), kLongTile, 0, stream, p,
-         Divisor(p.chunks()), Divisor(p.routes), place, flags, tasks);
+         Divisor(p.tiles), Divisor(p.routes), place, flags, tasks);
 }
 
 Plan plan(const Problem& p, bool backward, int64_t shared_limit) {
@@ -65,11 +65,14 @@ Plan plan(const Problem& p, bool backward, int64_t shared_limit) {
   const int64_t planes = backward ? (p.z ? 4 : 3) : 2, shares = backward ? 3 : 0;
   Plan plan{};
   plan.pitch = int(plane_pitch(p.tokens));
-  plan.table = int(backward ? 3 * p.state + 2 * p.rank : 2 * p.state + p.rank);
+  plan.table = int(backward ? 3 * p.state + p.rank : 2 * p.state);
+  plan.table += plan.table % 2;  // planes begin at a multiple of two elements
   plan.together = delta_rows + 2 * p.state <= kRows;
   plan.rows = plan.together ? int(delta_rows + 2 * p.state) : kRows;
-  // Elements of shared memory beside the channels', and of each channel.
-  auto common = [&](int64_t steps) { return (2 * plan.rows + shares * kWarps) * steps; };
+  // Elements of shared memory beside the channels'.
+  auto common = [&](int64_t steps) {
+    return (2 * plan.rows + shares * kWarps) * steps + p.rank * kWarps;
+  };
   auto most = [&](int64_t steps, int64_t each) {
     const int64_t room = (shared_limit - kNowBytes) / bytes - common(steps);
     return room < each ? 0 : std::min<int64_t>(room / each, backward ? kWarps - 1 : kWarps);

@@ -23,7 +23,6 @@ using selective_scan::cuda::kAllLanes;
 using selective_scan::cuda::kLn2;
 using selective_scan::cuda::kLog2e;
 using selective_scan::cuda::several;
-using selective_scan::cuda::step_size;
 
 inline constexpr int kRows = 16;   // of narrow operands, in shared memory at a time
 inline constexpr int kStates = 8;  // in so many rows, where they are not all of the operands
@@ -38,23 +37,27 @@ STATESCAN_HOST_DEVICE constexpr int64_t plane_pitch(int64_t tokens) {
 
 // kFast: planes are in shared memory, the state never starts anew, and the backward does not need y.
 // Without it a tile of 64 steps has lanes to spare.
-template <class R_, int kItemsOfLane, bool kFast_>
+// kTogether: all rows of narrow operands come in one pass.
+template <class R_, int kItemsOfLane, bool kFast_, bool kTogether_>
 struct Config {
   using R = R_;
   static constexpr int kItems = kItemsOfLane, kSteps = 32 * kItems;
-  static constexpr bool kFast = kFast_;
+  static constexpr bool kFast = kFast_, kTogether = kTogether_;
+  static constexpr int kFwdBlocks = kTogether || kItems == 2 && sizeof(R) == 4 ? 2 : 1;  // on an SM
   using Items = R[kItems];
 };
-using Fast = Config<float, 8, true>;
-using FastShort = Config<float, 2, true>;
-using Any = Config<float, 8, false>;
-using AnyDouble = Config<double, 2, false>;
+using Fast = Config<float, 8, true, true>;
+using FastPasses = Config<float, 8, true, false>;
+using FastShort = Config<float, 2, true, false>;
+using Any = Config<float, 8, false, false>;
+using AnyDouble = Config<double, 2, false, false>;
 
 template <class F>
 inline void with_config(const Inputs& p, F&& f) {
   if (p.compute == DType::kFloat64) return f(AnyDouble{});
   if (!p.plan.fast) return f(Any{});
-  p.chunk == kShortTile ? f(FastShort{}) : f(Fast{});
+  if (p.chunk == kShortTile) return f(FastShort{});
+  p.plan.together ? f(Fast{}) : f(FastPasses{});
 }
 
 // One block's share of a launch.
@@ -73,16 +76,17 @@ __device__ __forceinline__ Task task_at(const Inputs& p, int64_t i) {
 
 // A piece of a route.
 struct Tile {
-  int64_t b, route, begin;  // begin: the first step
-  int steps;                // there may be fewer than a tile has at the end
+  int64_t b, route, i, begin;  // the i-th of its route; its first step
+  int steps;                   // there may be fewer than a tile has at the end
   int flags;
   const int32_t* place;
 };
 __device__ __forceinline__ Tile tile_at(const Inputs& p, int64_t b, int64_t route, int64_t i) {
-  const int64_t row = ((p.place_per_batch ? b : 0) * p.routes + route) * p.chunks() + i;
+  const int64_t row = ((p.place_per_batch ? b : 0) * p.routes + route) * p.tiles + i;
   const int64_t begin = i * p.chunk, left = p.steps - begin;
   return {b,
           route,
+          i,
           begin,
           left < p.chunk ? int(left) : int(p.chunk),
           int(__ldg(p.flags + row)),
@@ -97,26 +101,32 @@ struct alignas(32) Now {
 };
 inline constexpr int kNowBytes = int(sizeof(Now));
 
-// The shared memory of a block: where it is, two buffers of rows, shares (of the backward), tables,
-// planes.
+// The shared memory of a block: where it is, two buffers of rows, shares (of the backward), dt_weight
+// (rank, warp), tables of each channel, planes.
 template <class C>
 struct Memory {
   using R = typename C::R;
   Now& now;
-  R *row, *share, *table, *plane;
+  R *row, *share, *dt_weight, *table, *plane;
+  int kinds;  // of planes, side by side: those of a token are neighbours
 
   __device__ __forceinline__ explicit Memory(const Inputs& p, int shares, int planes)
       : now(*dynamic_shared<Now>()),
         row(reinterpret_cast<R*>(&now + 1)),
         share(row + 2 * p.plan.rows * C::kSteps),
-        table(share + shares * kWarps * C::kSteps),
-        plane(table + p.plan.channels * p.plan.table) {
+        dt_weight(share + shares * kWarps * C::kSteps),
+        table(dt_weight + p.rank * kWarps),
+        plane(table + p.plan.channels * p.plan.table),
+        kinds(planes) {
     if (!C::kFast && p.planes != nullptr) {
       plane =
           static_cast<R*>(p.planes) + int64_t(blockIdx.x) * planes * p.plan.channels * p.plan.pitch;
     }
   }
-  __device__ __forceinline__ R* buffer(const Inputs& p, int64_t i) const {
+  __device__ __forceinline__ int64_t channel_elements(const Inputs& p) const {
+    return int64_t(kinds) * p.plan.pitch;
+  }
+  __device__ __forceinline__ R* buffer(const Inputs& p, int i) const {
     return row + (i & 1) * p.plan.rows * C::kSteps;
   }
 };
@@ -127,16 +137,17 @@ struct Own {
   using R = typename C::R;
   const Inputs& p;
   const Memory<C>& memory;
-  int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  // From lane 0, which tells the compiler that it is the same in all lanes.
+  int warp = __shfl_sync(kAllLanes, int(threadIdx.x) / 32, 0), lane = int(threadIdx.x) % 32;
 
   __device__ __forceinline__ bool is_there() const { return warp < memory.now.task.channels; }
   __device__ __forceinline__ int64_t b() const { return memory.now.task.b; }
   __device__ __forceinline__ int64_t route() const { return memory.now.route; }
   __device__ __forceinline__ int64_t channel() const { return memory.now.task.channel + warp; }
+  __device__ __forceinline__ R* dt_weight() const { return memory.dt_weight + warp; }
   __device__ __forceinline__ R* tables() const { return memory.table + warp * p.plan.table; }
-  // The i-th kind of plane.
-  __device__ __forceinline__ R* plane(int i) const {
-    return memory.plane + (int64_t(i) * p.plan.channels + warp) * p.plan.pitch;
+  __device__ __forceinline__ R* plane() const {
+    return memory.plane + warp * memory.channel_elements(p);
   }
 };
 
@@ -220,31 +231,32 @@ struct Pass {
   int rows, states;
   int B, C;  // their first rows in the buffer
 };
+template <class C>
 struct Passes {
-  int64_t first, delta_rows, state;
+  int64_t first;
+  int rows, state;  // of delta; of B and C
   bool together;
-  int64_t of_delta, count;
+  int of_delta, count;
 
   __device__ __forceinline__ explicit Passes(const Inputs& p, const Task& task)
       : first(p.rank > 0 ? 0 : task.channel / p.delta_repeat),
-        delta_rows(p.rank > 0 ? p.rank
-                              : (task.channel + task.channels - 1) / p.delta_repeat - first + 1),
-        state(p.state),
-        together(p.plan.together) {
-    of_delta = together ? 0 : (delta_rows + kRows - 1) / kRows;
-    count = together ? 1 : of_delta + (state + kStates - 1) / kStates;
-  }
+        rows(p.rank > 0 ? int(p.rank)
+                        : int((task.channel + task.channels - 1) / p.delta_repeat - first + 1)),
+        state(int(p.state)),
+        together(C::kTogether || p.plan.together),
+        of_delta(together ? 0 : (rows + kRows - 1) / kRows),
+        count(together ? 1 : of_delta + (state + kStates - 1) / kStates) {}
+
   // The pass before whose states the step sizes are complete.
-  __device__ __forceinline__ bool completes_delta(int64_t i) const { return i == of_delta; }
-  __device__ __forceinline__ Pass at(int64_t i) const {
-    const int rows = int(delta_rows), states = int(state);
-    if (together) return {true, true, first, 0, rows, states, rows, rows + states};
+  __device__ __forceinline__ bool completes_delta(int i) const { return i == of_delta; }
+  __device__ __forceinline__ Pass at(int i) const {
+    if (together) return {true, true, first, 0, rows, state, rows, rows + state};
     if (i < of_delta) {
-      const int64_t row = i * kRows, left = delta_rows - row;
-      return {true, false, first + row, 0, left < kRows ? int(left) : kRows, 0, 0, 0};
+      const int left = rows - i * kRows;
+      return {true, false, first + i * kRows, 0, left < kRows ? left : kRows, 0, 0, 0};
     }
-    const int64_t n = (i - of_delta) * kStates, left = state - n;
-    const int some = left < kStates ? int(left) : kStates;
+    const int n = (i - of_delta) * kStates, left = state - n,
+              some = left < kStates ? left : kStates;
     return {false, true, 0, n, 0, some, 0, some};
   }
 };
@@ -297,10 +309,11 @@ __device__ __forceinline__ void stage_rows(const T* data, const View<4>& x, cons
 
 // Brings the rows of a pass of tile i; with the first what is known of the tile.
 template <class C>
-__device__ __forceinline__ void stage_pass(const Inputs& p, const Memory<C>& memory, int64_t i_tile,
+__device__ __forceinline__ void stage_pass(const Inputs& p, const Memory<C>& memory, int i_tile,
                                            const Pass& pass, bool first, typename C::R* rows) {
   const Helpers helpers(memory.now.task);
-  const Tile tile = tile_at(p, memory.now.task.b, memory.now.route, i_tile);
+  Tile tile = tile_at(p, memory.now.task.b, memory.now.route, i_tile);
+  if (p.chunk < C::kSteps) tile.flags |= kHoles;  // lanes to spare
   if (first && helpers.thread == 0) memory.now.tile[i_tile & 1] = tile;
 #pragma unroll 1
   for (int i = pass.has_delta ? 0 : 1; i < (pass.has_states ? 3 : 1); ++i) {
@@ -326,13 +339,31 @@ __device__ __forceinline__ void add_delta(const Inputs& p, typename C::R* rows, 
     const int row = int(channel / p.delta_repeat - pass.first_row);
     return load_items<C>(rows + row * C::kSteps, lane, x);
   }
-#pragma unroll 2
-  for (int r = 0; r < pass.rows; ++r) {
+  dt_weight += pass.first_row * kWarps;
+#pragma unroll 3
+  for (int r = 0; r < pass.rows; ++r, rows += C::kSteps) {
     typename C::Items dt;
-    load_items<C>(rows + r * C::kSteps, lane, dt);
-    const typename C::R w = dt_weight[pass.first_row + r];
+    load_items<C>(rows, lane, dt);
+    const typename C::R w = dt_weight[r * kWarps];
 #pragma unroll
     for (int j = 0; j < C::kItems; ++j) x[j] += w * dt[j];
+  }
+}
+
+// The step sizes of a lane; 0 at steps to skip.
+template <class C>
+__device__ __forceinline__ void find_step_sizes(const Inputs& p, typename C::R bias, int flags,
+                                                const int (&at)[C::kItems],
+                                                typename C::Items& delta) {
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) delta[j] += bias;
+  if (p.delta_softplus) {
+#pragma unroll
+    for (int j = 0; j < C::kItems; ++j) delta[j] = softplus(delta[j]);
+  }
+  if (flags & kHoles) {
+#pragma unroll
+    for (int j = 0; j < C::kItems; ++j) delta[j] = at[j] == kSkip ? 0 : delta[j];
   }
 }
 
@@ -372,6 +403,23 @@ __device__ __forceinline__ R sum_over_warp(R x) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
   return x;
+}
+
+// Four sums over a warp for little more than one: lane 8 i gets that of v[i].
+template <class R>
+__device__ __forceinline__ R sum_four_over_warp(const R (&v)[4], int lane) {
+  const bool upper = lane & 16, odd = lane & 8;
+  R pair[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    pair[i] = upper ? v[i + 2] : v[i];
+    pair[i] += __shfl_xor_sync(kAllLanes, upper ? v[i] : v[i + 2], 16);
+  }
+  R sum = odd ? pair[1] : pair[0];
+  sum += __shfl_xor_sync(kAllLanes, odd ? pair[0] : pair[1], 8);
+#pragma unroll
+  for (int lanes = 4; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+  return sum;
 }
 
 // ---- planes
@@ -414,6 +462,27 @@ __device__ __forceinline__ void for_tokens(T* first, int64_t channel_stride, int
   }
 }
 
+// Planes of one kind, of all channels of the block.
+template <class R>
+struct Planes {
+  R* first;
+  int kinds, pitch;
+  __device__ __forceinline__ R& at(int c, int token) const {
+    return first[(int64_t(c) * pitch + in_plane(token)) * kinds];
+  }
+  __device__ __forceinline__ void clear(int channels) const {
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < int64_t(channels) * pitch; i += blockDim.x) {
+      first[i * kinds] = 0;
+    }
+  }
+};
+template <class C>
+__device__ __forceinline__ Planes<typename C::R> planes_of(const Inputs& p, const Memory<C>& memory,
+                                                           int kind) {
+  return {memory.plane + kind, memory.kinds, p.plan.pitch};
+}
+
 // What becomes of a plane's number that meets a tensor's.
 enum class Meet { kAssign, kTimes, kTimesSilu, kTimesSiluSlope };
 
@@ -427,7 +496,7 @@ __device__ __forceinline__ R meet(Meet how, R number, R x) {
 
 template <class R>
 __device__ __forceinline__ void read_tokens(const View<4>& x, const Task& task, int64_t route,
-                                            int64_t tokens, Meet how, R* planes, int pitch) {
+                                            int64_t tokens, Meet how, const Planes<R>& planes) {
   with_device_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (sizeof(T) <= sizeof(R)) {
@@ -436,21 +505,20 @@ __device__ __forceinline__ void read_tokens(const View<4>& x, const Task& task, 
       for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens,
                  [&](auto size, const T* from, int c, int t) {
                    constexpr int kSize = decltype(size)::value;
-                   R* plane = planes + c * pitch;
                    if constexpr (kSize == 1) {
-                     R& number = plane[in_plane(t)];
+                     R& number = planes.at(c, t);
                      number = meet(how, how == Meet::kAssign ? R(0) : number, R(to_number(*from)));
                    } else {
                      float v[kSize];
                      Pack<T, kSize>::load(from).unpack(v);
                      if (how == Meet::kAssign) {
 #pragma unroll
-                       for (int j = 0; j < kSize; ++j) plane[in_plane(t + j)] = v[j];
+                       for (int j = 0; j < kSize; ++j) planes.at(c, t + j) = v[j];
                        return;
                      }
 #pragma unroll 1
                      for (int j = 0; j < kSize; ++j) {
-                       R& number = plane[in_plane(t + j)];
+                       R& number = planes.at(c, t + j);
                        number = meet(how, number, R(to_number(from[j])));
                      }
                    }
@@ -461,7 +529,7 @@ __device__ __forceinline__ void read_tokens(const View<4>& x, const Task& task, 
 
 template <class R>
 __device__ __forceinline__ void write_tokens(const View<4>& x, const Task& task, int64_t route,
-                                             int64_t tokens, const R* planes, int pitch) {
+                                             int64_t tokens, const Planes<R>& planes) {
   with_device_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* first = static_cast<T*>(x.data) + task.b * x.stride[0] + route * x.stride[1] +
@@ -469,15 +537,14 @@ __device__ __forceinline__ void write_tokens(const View<4>& x, const Task& task,
     for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens,
                [&](auto size, T* to, int c, int t) {
                  constexpr int kSize = decltype(size)::value;
-                 const R* plane = planes + c * pitch;
                  if constexpr (std::is_same_v<T, double>) {
-                   *to = plane[in_plane(t)];
+                   *to = planes.at(c, t);
                  } else if constexpr (kSize == 1) {
-                   *to = from_number<T>(float(plane[in_plane(t)]));
+                   *to = from_number<T>(float(planes.at(c, t)));
                  } else {
                    float v[kSize];
 #pragma unroll
-                   for (int j = 0; j < kSize; ++j) v[j] = float(plane[in_plane(t + j)]);
+                   for (int j = 0; j < kSize; ++j) v[j] = float(planes.at(c, t + j));
                    Pack<T, kSize>::of(v).store(to);
                  }
                });
@@ -489,25 +556,32 @@ __device__ __forceinline__ View<4> with_routes(const View<3>& x) {
   return {x.data, x.dtype, {x.stride[0], 0, x.stride[1], x.stride[2]}};
 }
 
-// Reads a warp's plane at its lane's steps: 0 at steps of no token.
+// Reads a warp's planes of one kind at its lane's steps: 0 at steps of no token. plane: the first of
+// the kind.
 template <class C>
-__device__ __forceinline__ void gather(const typename C::R* plane, const int (&at)[C::kItems],
-                                       typename C::Items& x) {
+__device__ __forceinline__ void gather(typename C::R* plane, int kinds, int flags,
+                                       const int (&at)[C::kItems], typename C::Items& x) {
+  if (flags & kHoles) {
 #pragma unroll
-  for (int j = 0; j < C::kItems; ++j) x[j] = at[j] >= 0 ? plane[at[j]] : 0;
+    for (int j = 0; j < C::kItems; ++j) x[j] = at[j] >= 0 ? plane[at[j] * kinds] : 0;
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) x[j] = plane[at[j] * kinds];
 }
 
-// Adds to a warp's plane. Where a token comes twice lanes take turns, in the order of the route.
+// plane += scale x. Where a token comes twice lanes take turns, in the order of the route.
 template <class C>
-__device__ __forceinline__ void add_to(typename C::R* plane, const int (&at)[C::kItems], int flags,
-                                       int lane, const typename C::Items& x) {
+__device__ __forceinline__ void add_to(typename C::R* plane, int kinds, int flags,
+                                       const int (&at)[C::kItems], int lane, typename C::R scale,
+                                       const typename C::Items& x) {
   if (flags & kRepeats) {
 #pragma unroll 1
     for (int turn = 0; turn < 32; ++turn) {
       if (lane == turn) {
 #pragma unroll
         for (int j = 0; j < C::kItems; ++j) {
-          if (at[j] >= 0) plane[at[j]] += x[j];
+          if (at[j] >= 0) plane[at[j] * kinds] += scale * x[j];
         }
       }
       __syncwarp();  // what the turn added is there
@@ -515,18 +589,14 @@ __device__ __forceinline__ void add_to(typename C::R* plane, const int (&at)[C::
     return;
   }
   typename C::Items sum;
-  gather<C>(plane, at, sum);
+  gather<C>(plane, kinds, flags, at, sum);
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) sum[j] += scale * x[j];
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) {
-    if (at[j] >= 0) plane[at[j]] = sum[j] + x[j];
+    if (!(flags & kHoles) || at[j] >= 0) plane[at[j] * kinds] = sum[j];
   }
   __syncwarp();  // the next tile may come to the same tokens
-}
-
-template <class C>
-__device__ __forceinline__ void clear_planes(typename C::R* planes, int64_t count) {
-#pragma unroll 1
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) planes[i] = 0;
 }
 
 // ---- what a warp knows of its channel on a route
@@ -548,13 +618,14 @@ struct Parameters {
         weight(parameter<R>(p.weights, route, channel, 1)) {}
 };
 
-// table[i] = scale x[route, channel, i], by the lanes of a warp.
+// table[i pitch] = scale x[route, channel, i], by the lanes of a warp.
 template <class R>
 __device__ __forceinline__ void load_table(const View<3>& x, int64_t route, int64_t channel,
-                                           int64_t count, R scale, int lane, R* table) {
+                                           int64_t count, R scale, int lane, R* table,
+                                           int pitch = 1) {
 #pragma unroll 1
   for (int64_t i = lane; i < count; i += 32) {
-    table[i] =
+    table[i * pitch] =
         scale * load_element<R>(x.data, x.dtype,
                                 route * x.stride[0] + channel * x.stride[1] + i * x.stride[2]);
   }
