@@ -12,17 +12,20 @@
 // pass while the others compute; one barrier ends both.
 #pragma once
 
+#include "common/device_view.cuh"
+#include "common/lanes.cuh"
+#include "common/scalar.cuh"
+#include "common/shared.cuh"
 #include "route_gather/planes.cuh"
-#include "selective_scan/staging.cuh"
 #include "selective_scan_2d/cuda.h"
+
+#include "selective_scan/equations.h"
 
 namespace statescan::selective_scan_2d::cuda {
 
 using selective_scan::decay;
-using selective_scan::cuda::kAllLanes;
-using selective_scan::cuda::kLn2;
-using selective_scan::cuda::kLog2e;
-using selective_scan::cuda::several;
+
+inline constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 inline constexpr int kRows = 16;   // of narrow operands, in shared memory at a time
 inline constexpr int kStates = 8;  // in so many rows, where they are not all of the operands
@@ -281,7 +284,7 @@ __device__ __forceinline__ void stage_rows(const T* data, const View<4>& x, cons
   if constexpr (sizeof(R) == 4) {
     constexpr int kVec = kPackSize<T>, kPacks = C::kSteps / kVec;
     if (tile.steps == C::kSteps && !(tile.flags & kHoles) && x.stride[3] == 1 &&
-        selective_scan::cuda::is_aligned(from, x.stride[2], kVec)) {
+        is_aligned(from, x.stride[2], kVec)) {
 #pragma unroll(C::kFast ? 4 : 1)
       for (int i = helpers.thread; i < count * kPacks; i += helpers.count) {
         const int row = i / kPacks, t = i % kPacks * kVec;
@@ -398,30 +401,6 @@ __device__ __forceinline__ typename C::R enter(typename C::R a, typename C::R b,
   return before == 0 ? h : advance<C>(a, h, b);
 }
 
-template <class R>
-__device__ __forceinline__ R sum_over_warp(R x) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
-  return x;
-}
-
-// Four sums over a warp for little more than one: lane 8 i gets that of v[i].
-template <class R>
-__device__ __forceinline__ R sum_four_over_warp(const R (&v)[4], int lane) {
-  const bool upper = lane & 16, odd = lane & 8;
-  R pair[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    pair[i] = upper ? v[i + 2] : v[i];
-    pair[i] += __shfl_xor_sync(kAllLanes, upper ? v[i] : v[i + 2], 16);
-  }
-  R sum = odd ? pair[1] : pair[0];
-  sum += __shfl_xor_sync(kAllLanes, odd ? pair[0] : pair[1], 8);
-#pragma unroll
-  for (int lanes = 4; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-  return sum;
-}
-
 // ---- planes
 
 // Calls f(tag of the pack's size, pointer, channel, token) for packs and single elements of `channels`
@@ -434,7 +413,7 @@ __device__ __forceinline__ void for_tokens(T* first, int64_t channel_stride, int
   constexpr int kVec = sizeof(T) < 8 ? kPackSize<T> : 1;
   int64_t done = 0;
   if constexpr (kVec > 1) {
-    if (token_stride == 1 && selective_scan::cuda::is_aligned(first, channel_stride, kVec)) {
+    if (token_stride == 1 && is_aligned(first, channel_stride, kVec)) {
       done = tokens / kVec * kVec;
 #pragma unroll 1
       for (int c = 0; c < channels; ++c) {
