@@ -29,8 +29,9 @@ struct Memory {
   OptionalTensor planes;
 };
 
-Memory prepare(const RoutedOperands& x, bool backward, cudaStream_t stream, cuda::Inputs& p) {
-  p.plan = cuda::plan(p, backward, shared_memory_of_block(x.u));
+Memory prepare(const RoutedOperands& x, bool backward, const OptionalTensor& dy,
+               cudaStream_t stream, cuda::Inputs& p) {
+  p.plan = cuda::plan(p, backward, view<4>("dy", dy), shared_memory_of_block(x.u));
   if (p.plan.channels == 0) {
     fail("state and rank must fit in shared memory on this GPU, got state = " +
          std::to_string(p.state) + " and rank = " + std::to_string(p.rank));
@@ -63,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan_2d_fwd(
   cuda::FwdParams p{};
   static_cast<Problem&>(p) = check_on_gpu(x, reset_period, carry, delta_softplus, merge, chunk);
   const OnDevice device(u);
-  const Memory memory = prepare(x, false, device.stream, p);
+  const Memory memory = prepare(x, false, {}, device.stream, p);
 
   const ScalarType compute = scalar_type(p.compute);
   Tensor y = empty_tokens(u, {p.batch, merge ? 1 : p.routes, p.dim, p.tokens},
@@ -96,7 +97,7 @@ selective_scan_2d_bwd(const OptionalTensor& dy, const OptionalTensor& dlast_stat
   if (dy) check_same_device("dy", *dy, u);
   if (dlast_state) check_same_device("dlast_state", *dlast_state, u);
   const OnDevice device(u);
-  const Memory memory = prepare(x, true, device.stream, p);
+  const Memory memory = prepare(x, true, dy, device.stream, p);
   p.chunk_states = chunk_states.data_ptr();
   p.dy = view<4>("dy", dy);
   p.dlast_state = view<4>("dlast_state", dlast_state);

@@ -26,11 +26,13 @@ __device__ __forceinline__ typename C::R* share_of(const Memory<C>& memory, int 
   return memory.share + (which * kWarps + warp) * C::kSteps;
 }
 
-enum Plane { kU, kDy, kDu, kY };  // kY with a gate only
+enum Plane { kU, kDy, kDu, kY };  // kY with a gate only; as halves u and dy are one
+template <class C>
+inline constexpr int kDuPlane = C::kHalves ? 1 : kDu;
 // Known at compile time where there is none.
 template <class C>
 __device__ __forceinline__ int kinds_of(const BwdParams& p) {
-  return !C::kFast && p.z ? 4 : 3;
+  return C::kHalves ? 2 : !C::kFast && p.z ? 4 : 3;
 }
 
 // A warp's channel. Its tables: A, dh, dA (state), ddt_weight (rank).
@@ -237,8 +239,12 @@ template <class C>
 __device__ __forceinline__ void begin_steps(const Walk<C>& w, const Parameters<typename C::R>& k,
                                             int flags, Steps<C>& s) {
   const BwdParams& p = w.p;
-  gather<C>(w.plane() + kU, kinds_of<C>(p), flags, s.at, s.u);
-  gather<C>(w.plane() + kDy, kinds_of<C>(p), flags, s.at, s.dy);
+  if constexpr (C::kHalves) {
+    gather_halves<C>(w.plane(), kinds_of<C>(p), flags, p.u.dtype, s.at, s.u, s.dy);
+  } else {
+    gather<C>(w.plane() + kU, kinds_of<C>(p), flags, s.at, s.u);
+    gather<C>(w.plane() + kDy, kinds_of<C>(p), flags, s.at, s.dy);
+  }
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) {
     s.slope[j] = 1;
@@ -285,7 +291,7 @@ __device__ __forceinline__ void end_steps(Walk<C>& w, const Parameters<typename 
   }
   // Again, rather than kept in registers while states are walked.
   if constexpr (!C::kFast) load_places<C>(w.p, tile, w.lane, s.at);
-  add_to<C>(w.plane() + kDu, kinds_of<C>(w.p), tile.flags, s.at, w.lane, R(1), du);
+  add_to<C>(w.plane() + kDuPlane<C>, kinds_of<C>(w.p), tile.flags, s.at, w.lane, R(1), du);
   if constexpr (!C::kFast) add_outputs(w, k, tile, s);
   store_items<C>(share_of(w.memory, kDDelta, w.warp), w.lane, s.delta);
 }
@@ -424,6 +430,14 @@ __device__ __forceinline__ void read_planes(const BwdParams& p, const Memory<C>&
   const Task& task = memory.now.task;
   const int64_t route = memory.now.route;
   const bool first = route + 1 == p.routes;
+  if constexpr (C::kHalves) {
+    const auto words = planes_of(p, memory, 0);
+    if (first || p.u_per_route) read_halves(p.u, task, route, p.tokens, 0, words);
+    if (first || p.y_per_route) {
+      read_halves(p.dy, task, p.y_per_route ? route : 0, p.tokens, 1, words);
+    }
+    return;
+  }
   if (first || p.u_per_route) {
     read_tokens(p.u, task, route, p.tokens, Meet::kAssign, planes_of(p, memory, kU));
   }
@@ -464,7 +478,7 @@ __global__ __launch_bounds__(kBwdThreads, 1) void bwd_kernel(const __grid_consta
       const Task& task = memory.now.task;
       const bool first = route + 1 == p.routes;
       read_planes(p, memory);
-      const auto du = planes_of(p, memory, kDu);
+      const auto du = planes_of(p, memory, kDuPlane<C>);
       if (first || p.u_per_route) du.clear(task.channels);
       if constexpr (!C::kFast) {
         if (first && p.z) planes_of(p, memory, kY).clear(task.channels);
@@ -487,7 +501,7 @@ __global__ __launch_bounds__(kBwdThreads, 1) void bwd_kernel(const __grid_consta
 void bwd(const BwdParams& p, cudaStream_t stream) {
   const int64_t tasks = p.batch * p.plan.blocks;
   if (tasks == 0) return;
-  with_config(p, [&](auto config) {
+  with_config<true>(p, [&](auto config) {
     using C = decltype(config);
     launch("selective_scan_2d bwd", bwd_kernel<C>, p.plan.grid, kBwdThreads,
            size_t(p.plan.shared_bytes), stream, p, tasks);

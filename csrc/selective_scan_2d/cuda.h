@@ -31,6 +31,7 @@ struct Plan {
   bool on_chip;    // planes are in shared memory
   bool fast;       // .. and the state never starts anew
   bool together;   // all rows of narrow operands fit in a pass
+  bool halves;     // u and dy share words
   int rows;        // in shared memory at a time, twice
   int table;       // elements of a channel's tables
   int pitch;       // tokens of a plane, with spare ones in between
@@ -74,8 +75,8 @@ struct BwdParams : Inputs {
   void *dD, *ddelta_bias, *dweights;  // (batch, route, dim)
 };
 
-// `shared_limit`: bytes of shared memory that a block can have.
-Plan plan(const Problem& p, bool backward, int64_t shared_limit);
+// `shared_limit`: bytes of shared memory that a block can have. `dy` is of the backward, absent: zero.
+Plan plan(const Problem& p, bool backward, const View<4>& dy, int64_t shared_limit);
 
 // Fills Inputs::place and flags. Entries of the table that are no tokens become ghosts (but -2 a
 // skip): whatever the table holds, no kernel leaves a tensor.

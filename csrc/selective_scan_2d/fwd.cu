@@ -200,7 +200,7 @@ __global__ __launch_bounds__(kFwdThreads,
 void fwd(const FwdParams& p, cudaStream_t stream) {
   const int64_t tasks = p.batch * p.plan.blocks;
   if (tasks == 0) return;
-  with_config(p, [&](auto config) {
+  with_config<false>(p, [&](auto config) {
     using C = decltype(config);
     launch("selective_scan_2d fwd", fwd_kernel<C>, p.plan.grid, kFwdThreads,
            size_t(p.plan.shared_bytes), stream, p, tasks);

@@ -60,15 +60,19 @@ void find_places(const Inputs& p, int32_t* place, int32_t* flags, cudaStream_t s
          Divisor(p.tiles), Divisor(p.routes), place, flags, tasks);
 }
 
-Plan plan(const Problem& p, bool backward, int64_t shared_limit) {
+Plan plan(const Problem& p, bool backward, const View<4>& dy, int64_t shared_limit) {
   const int64_t bytes = element_bytes(p.compute), delta_rows = p.rank > 0 ? p.rank : kWarps;
-  const int64_t planes = backward ? (p.z ? 4 : 3) : 2, shares = backward ? 3 : 0;
+  const int64_t shares = backward ? 3 : 0;
   Plan plan{};
   plan.pitch = int(plane_pitch(p.tokens));
   plan.table = int(backward ? 3 * p.state + p.rank : 2 * p.state);
   plan.table += plan.table % 2;  // planes begin at a multiple of two elements
   plan.together = delta_rows + 2 * p.state <= kRows;
   plan.rows = plan.together ? int(delta_rows + 2 * p.state) : kRows;
+  plan.halves = backward && plan.together && p.chunk == kLongTile && p.reset_period == 0 && !p.z &&
+                !p.weights && p.compute == DType::kFloat32 && element_bytes(p.u.dtype) == 2 && dy &&
+                dy.dtype == p.u.dtype;
+  const int64_t planes = !backward || plan.halves ? 2 : p.z ? 4 : 3;
   // Elements of shared memory beside the channels'.
   auto common = [&](int64_t steps) {
     return (2 * plan.rows + shares * kWarps) * steps + p.rank * kWarps;
@@ -84,6 +88,7 @@ Plan plan(const Problem& p, bool backward, int64_t shared_limit) {
   plan.fast = plan.on_chip && p.reset_period == 0 && p.compute == DType::kFloat32 &&
               !(backward && (p.z || p.weights));
   if (!plan.fast) {
+    if (plan.halves) return cuda::plan(p, backward, View<4>{}, shared_limit);
     if (p.compute == DType::kFloat32) steps = kLongTile;
     plan.on_chip = plan.on_chip && most(steps, each) >= channels;
     if (!plan.on_chip) each = plan.table;

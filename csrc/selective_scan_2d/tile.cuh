@@ -40,27 +40,33 @@ STATESCAN_HOST_DEVICE constexpr int64_t plane_pitch(int64_t tokens) {
 
 // kFast: planes are in shared memory, the state never starts anew, and the backward does not need y.
 // Without it a tile of 64 steps has lanes to spare.
-// kTogether: all rows of narrow operands come in one pass.
-template <class R_, int kItemsOfLane, bool kFast_, bool kTogether_>
+// kTogether: all rows of narrow operands come in one pass. kHalves: u and dy of the backward, both of one
+// 16-bit type, share a word.
+template <class R_, int kItemsOfLane, bool kFast_, bool kTogether_, bool kHalves_ = false>
 struct Config {
   using R = R_;
   static constexpr int kItems = kItemsOfLane, kSteps = 32 * kItems;
-  static constexpr bool kFast = kFast_, kTogether = kTogether_;
+  static constexpr bool kFast = kFast_, kTogether = kTogether_, kHalves = kHalves_;
   static constexpr int kFwdBlocks = kTogether || kItems == 2 && sizeof(R) == 4 ? 2 : 1;  // on an SM
   using Items = R[kItems];
 };
 using Fast = Config<float, 8, true, true>;
+using FastHalves = Config<float, 8, true, true, true>;
 using FastPasses = Config<float, 8, true, false>;
 using FastShort = Config<float, 2, true, false>;
 using Any = Config<float, 8, false, false>;
 using AnyDouble = Config<double, 2, false, false>;
 
-template <class F>
+template <bool kBackward, class F>
 inline void with_config(const Inputs& p, F&& f) {
   if (p.compute == DType::kFloat64) return f(AnyDouble{});
   if (!p.plan.fast) return f(Any{});
   if (p.chunk == kShortTile) return f(FastShort{});
-  p.plan.together ? f(Fast{}) : f(FastPasses{});
+  if (!p.plan.together) return f(FastPasses{});
+  if constexpr (kBackward) {
+    if (p.plan.halves) return f(FastHalves{});
+  }
+  f(Fast{});
 }
 
 // One block's share of a launch.
@@ -506,6 +512,27 @@ __device__ __forceinline__ void read_tokens(const View<4>& x, const Task& task, 
   });
 }
 
+// Reads 16-bit elements as they are into the low (0) or high (1) halves of planes.
+__device__ __forceinline__ void read_halves(const View<4>& x, const Task& task, int64_t route,
+                                            int64_t tokens, int half, const Planes<float>& planes) {
+  const uint16_t* first = static_cast<const uint16_t*>(x.data) + task.b * x.stride[0] +
+                          route * x.stride[1] + task.channel * x.stride[2];
+  for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens,
+             [&](auto size, const uint16_t* from, int c, int t) {
+               auto put = [&](int i, uint32_t bits) {
+                 reinterpret_cast<uint16_t*>(&planes.at(c, t + i))[half] = uint16_t(bits);
+               };
+               if constexpr (decltype(size)::value == 1) {
+                 put(0, *from);
+               } else {
+                 const uint4 v = *reinterpret_cast<const uint4*>(from);
+                 const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                 for (int i = 0; i < 8; ++i) put(i, words[i / 2] >> (i % 2 * 16));
+               }
+             });
+}
+
 template <class R>
 __device__ __forceinline__ void write_tokens(const View<4>& x, const Task& task, int64_t route,
                                              int64_t tokens, const Planes<R>& planes) {
@@ -547,6 +574,30 @@ __device__ __forceinline__ void gather(typename C::R* plane, int kinds, int flag
   }
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) x[j] = plane[at[j] * kinds];
+}
+
+// Both halves of words.
+template <class C>
+__device__ __forceinline__ void gather_halves(const float* plane, int kinds, int flags, DType dtype,
+                                              const int (&at)[C::kItems], float (&low)[C::kItems],
+                                              float (&high)[C::kItems]) {
+  uint32_t word[C::kItems];
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) {
+    word[j] = !(flags & kHoles) || at[j] >= 0 ? float_to_bits(plane[at[j] * kinds]) : 0;
+  }
+  if (dtype == DType::kBFloat16) {
+#pragma unroll
+    for (int j = 0; j < C::kItems; ++j) {
+      low[j] = bits_to_float(word[j] << 16), high[j] = bits_to_float(word[j] & 0xffff0000);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < C::kItems; ++j) {
+      low[j] = to_number(Half{uint16_t(word[j])}),
+      high[j] = to_number(Half{uint16_t(word[j] >> 16)});
+    }
+  }
 }
 
 // plane += scale x. Where a token comes twice lanes take turns, in the order of the route.

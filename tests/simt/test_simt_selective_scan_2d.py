@@ -62,6 +62,24 @@ def test_long_tiles(place, long_tiles, steps):
     check(place, sample(along, state=2, dim=3, rank=2, batch=1), along)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("per_route", [False, True], ids=["shared map", "a map per route"])
+@pytest.mark.parametrize("layout", ["channel-first", "channel-last"])
+def test_halves_of_words(place, long_tiles, dtype, per_route, layout):
+    """What 16-bit maps without a gate take in the backward."""
+    along = routes.cross2d(8, 9)
+    inputs = sample(
+        along, state=1, dim=9, rank=2, batch=1, dtype=dtype, absent=("z",), one_by_one=per_route
+    )
+    if layout == "channel-last":
+        inputs["u"] = channel_last(inputs["u"]).requires_grad_()
+    merge = "none" if per_route else "sum"
+    check(place, inputs, along, merge=merge, one_by_one=per_route)
+    holey = Routes(72, holes(2, 300, 72))
+    inputs = sample(holey, state=2, dim=3, rank=2, batch=1, dtype=dtype, absent=("z",))
+    check(place, inputs, holey)
+
+
 @pytest.mark.parametrize("state", [1, 7, 8, 9, 17])
 @pytest.mark.parametrize("rank", [0, 3], ids=["whole", "low rank"])
 def test_any_state_size(place, state, rank):
