@@ -67,8 +67,9 @@ def selective_scan_2d(
         routes: `statescan.routes.Routes`, or the token of every step as an int32 or int64 tensor,
             (T), (K, T), or (batch, K, T) for routes of each sample. A token may be visited more
             than once, or never. -1 is a ghost step: the state decays by its delta, nothing is read
-            or written. -2 is a step to skip, an exact no-op. Of a `Routes`, ``reset_period`` and
-            ``carry`` count, too.
+            or written. -2 is a step to skip, an exact no-op. On a GPU values are not checked, and
+            any other that is no token is a ghost. Of a `Routes`, ``reset_period`` and ``carry``
+            count, too.
         dt_weight: (route, dim, rank): the step sizes are dt_weight times ``delta``, which is
             computed on the fly.
         delta_softplus: apply softplus to ``delta`` (linear above 20, as in torch).
@@ -101,7 +102,9 @@ def selective_scan_2d(
     float32: 4 K state / 128 bytes for each element of u. The backward works in partial sums of dB,
     dC and the low-rank ddelta, 4 K (2 state + rank) ceil(dim / 64) bytes for each step of a batch
     element (at most 16 such sums). Each thread works in 128 bytes for each token of the map (256 in
-    the backward), which it keeps.
+    the backward), which it keeps. On a GPU h is kept every 256 steps (64 on routes that are no
+    longer), there is a partial sum for every block of channels (up to 8), and maps that do not fit
+    in shared memory work in 8 bytes (12, with a gate 16) for each element of u at a time.
     """
     _register.check_floats(
         u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, dt_weight=dt_weight,
