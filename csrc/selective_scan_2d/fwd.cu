@@ -6,7 +6,7 @@
 // Grid over (batch, block of channels). Shared memory: rows, dt_weight, tables of each channel (A, h),
 // planes of u and y if they fit; else they are in global memory.
 #include "common/launch.h"
-#include "selective_scan_2d/tile.cuh"
+#include "selective_scan_2d/walk.cuh"
 
 namespace statescan::selective_scan_2d::cuda {
 namespace {
