@@ -213,7 +213,7 @@ __device__ __forceinline__ void end_steps(Walk<C>& w, const Parameters<typename 
     w.dbias += s.delta[j];
   }
   // Again, rather than kept in registers while states are walked.
-  if constexpr (!C::kFast) load_places<C>(w.p, tile, w.lane, s.at);
+  if constexpr (!C::kFast) load_places<C>(w.p, tile.place, w.lane, s.at);
   add_to<C>(w.plane() + kDuPlane<C>, kinds_of<C>(w.p), tile.flags, s.at, w.lane, R(1), du);
   if constexpr (!C::kFast) add_outputs(w, k, tile, s);
   store_items<C>(share_of(w.memory, kDDelta, w.warp), w.lane, s.delta);
@@ -305,14 +305,18 @@ __device__ __forceinline__ void walk_route(Walk<C>& w) {
   if (tiles == 0) return;
   if (!active) stage_pass<C>(p, memory, tiles - 1, pass_at(0), true, memory.buffer(p, 0));
   const Parameters<R> k(p, w.route(), active ? w.channel() : memory.now.task.channel);
-  __syncthreads();  // the first rows and the planes are in place
-  int done = 0;     // passes
+  __syncthreads();        // the first rows and the planes are in place
+  int done = 0;           // passes
+  int places[C::kItems];  // of the next tile: on their way while one is walked
+  if (active) load_places<C>(p, memory.now.tile[(tiles - 1) & 1].place, w.lane, places);
 #pragma unroll 1
   for (int t = tiles - 1; t >= 0; --t) {
     const Tile& tile = memory.now.tile[t & 1];
     Steps<C> s;
     if (active) {
-      load_places<C>(p, tile, w.lane, s.at);
+#pragma unroll
+      for (int j = 0; j < C::kItems; ++j) s.at[j] = places[j];
+      if (t > 0) load_places<C>(p, tile.place - p.chunk, w.lane, places);
       s.starts = find_starts<C>(p, tile, w.lane);
 #pragma unroll
       for (int j = 0; j < C::kItems; ++j) s.delta[j] = 0;

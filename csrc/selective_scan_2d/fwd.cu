@@ -130,14 +130,18 @@ __device__ __forceinline__ void walk_route(const Walk<C>& w) {
   if (tiles == 0) return;
   if (!active) stage_pass<C>(p, memory, 0, passes.at(0), true, memory.buffer(p, 0));
   const Parameters<typename C::R> k(p, w.route(), active ? w.channel() : memory.now.task.channel);
-  __syncthreads();  // the first rows and the planes are in place
-  int done = 0;     // passes
+  __syncthreads();        // the first rows and the planes are in place
+  int done = 0;           // passes
+  int places[C::kItems];  // of the next tile: on their way while one is walked
+  if (active) load_places<C>(p, memory.now.tile[0].place, w.lane, places);
 #pragma unroll 1
   for (int t = 0; t < tiles; ++t) {
     const Tile& tile = memory.now.tile[t & 1];
     Steps<C> s;
     if (active) {
-      load_places<C>(p, tile, w.lane, s.at);
+#pragma unroll
+      for (int j = 0; j < C::kItems; ++j) s.at[j] = places[j];
+      if (t + 1 < tiles) load_places<C>(p, tile.place + p.chunk, w.lane, places);
       s.starts = find_starts<C>(p, tile, w.lane);
 #pragma unroll
       for (int j = 0; j < C::kItems; ++j) s.delta[j] = 0;

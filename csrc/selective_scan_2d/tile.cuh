@@ -191,17 +191,18 @@ __device__ __forceinline__ void store_items(typename C::R* row, int lane,
   });
 }
 
+// `place`: the tile's.
 template <class C>
-__device__ __forceinline__ void load_places(const Inputs& p, const Tile& tile, int lane,
+__device__ __forceinline__ void load_places(const Inputs& p, const int32_t* place, int lane,
                                             int (&at)[C::kItems]) {
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) at[j] = kSkip;
   if (!C::kFast && lane * C::kItems >= p.chunk) return;
   if constexpr (C::kItems == 8) {
-    route_gather::cuda::load_entries<8>(tile.place + lane * 8, at);
+    route_gather::cuda::load_entries<8>(place + lane * 8, at);
   } else {
 #pragma unroll
-    for (int j = 0; j < C::kItems; ++j) at[j] = __ldg(tile.place + lane * C::kItems + j);
+    for (int j = 0; j < C::kItems; ++j) at[j] = __ldg(place + lane * C::kItems + j);
   }
 }
 
