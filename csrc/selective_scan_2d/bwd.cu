@@ -23,7 +23,6 @@ using selective_scan::step_vjp;
 enum Plane { kU, kDy, kDu, kY };  // kY with a gate only; as halves u and dy are one
 template <class C>
 inline constexpr int kDuPlane = C::kHalves ? 1 : kDu;
-// Known at compile time where there is none.
 template <class C>
 __device__ __forceinline__ int kinds_of(const BwdParams& p) {
   return C::kHalves ? 2 : !C::kFast && p.z ? 4 : 3;
@@ -163,10 +162,10 @@ __device__ __forceinline__ void begin_steps(const Walk<C>& w, const Parameters<t
                                             int flags, Steps<C>& s) {
   const BwdParams& p = w.p;
   if constexpr (C::kHalves) {
-    gather_halves<C>(w.plane(), kinds_of<C>(p), flags, p.u.dtype, s.at, s.u, s.dy);
+    gather_halves<C>(w.plane(0), flags, p.u.dtype, s.at, s.u, s.dy);
   } else {
-    gather<C>(w.plane() + kU, kinds_of<C>(p), flags, s.at, s.u);
-    gather<C>(w.plane() + kDy, kinds_of<C>(p), flags, s.at, s.dy);
+    gather<C>(w.plane(kU), flags, s.at, s.u);
+    gather<C>(w.plane(kDy), flags, s.at, s.dy);
   }
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) {
@@ -192,11 +191,11 @@ __device__ __forceinline__ void add_outputs(Walk<C>& w, const Parameters<typenam
                                             const Tile& tile, Steps<C>& s) {
   if (w.p.weights) {
     typename C::Items dy;
-    gather<C>(w.plane() + kDy, kinds_of<C>(w.p), tile.flags, s.at, dy);
+    gather<C>(w.plane(kDy), tile.flags, s.at, dy);
 #pragma unroll
     for (int j = 0; j < C::kItems; ++j) w.dweight += s.y[j] * dy[j];
   }
-  if (w.p.z) add_to<C>(w.plane() + kY, 4, tile.flags, s.at, w.lane, k.weight, s.y);
+  if (w.p.z) add_to<C>(w.plane(kY), tile.flags, s.at, w.lane, k.weight, s.y);
 }
 
 // After the last state: delta becomes ddelta.
@@ -214,7 +213,7 @@ __device__ __forceinline__ void end_steps(Walk<C>& w, const Parameters<typename 
   }
   // Again, rather than kept in registers while states are walked.
   if constexpr (!C::kFast) load_places<C>(w.p, tile.place, w.lane, s.at);
-  add_to<C>(w.plane() + kDuPlane<C>, kinds_of<C>(w.p), tile.flags, s.at, w.lane, R(1), du);
+  add_to<C>(w.plane(kDuPlane<C>), tile.flags, s.at, w.lane, R(1), du);
   if constexpr (!C::kFast) add_outputs(w, k, tile, s);
   store_items<C>(share_of(w.memory, kDDelta, w.warp), w.lane, s.delta);
 }

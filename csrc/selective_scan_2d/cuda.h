@@ -46,7 +46,7 @@ struct Inputs : Problem {
   bool place_per_batch;
   int64_t tiles;  // of a route
   Plan plan;
-  void* planes;  // (block, channel, token, kind); null: in shared memory
+  void* planes;  // (block, kind, channel, pitch); null: in shared memory
 
   STATESCAN_HOST_DEVICE int64_t tables() const { return place_per_batch ? batch : 1; }
 };

@@ -110,7 +110,7 @@ __device__ __forceinline__ void walk_states(const Walk<C>& w, const Tile& tile, 
 template <class C>
 __device__ __forceinline__ void begin_steps(const Walk<C>& w, const Parameters<typename C::R>& k,
                                             int flags, Steps<C>& s) {
-  gather<C>(w.plane() + kU, kPlanes, flags, s.at, s.y);
+  gather<C>(w.plane(kU), flags, s.at, s.y);
   find_step_sizes<C>(w.p, k.bias, flags, s.at, s.delta);
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) {
@@ -162,7 +162,7 @@ __device__ __forceinline__ void walk_route(const Walk<C>& w) {
                       memory.buffer(p, done + 1));
       }
       if (active && last) {
-        add_to<C>(w.plane() + kY, kPlanes, tile.flags, s.at, w.lane, k.weight, s.y);
+        add_to<C>(w.plane(kY), tile.flags, s.at, w.lane, k.weight, s.y);
       }
       __syncthreads();  // these rows have been read, the next are in place
     }

@@ -49,21 +49,21 @@ __device__ __forceinline__ void for_tokens(T* first, int64_t channel_stride, int
 template <class R>
 struct Planes {
   R* first;
-  int kinds, pitch;
+  int pitch;
   __device__ __forceinline__ R& at(int c, int token) const {
-    return first[(int64_t(c) * pitch + in_plane(token)) * kinds];
+    return first[int64_t(c) * pitch + in_plane(token)];
   }
   __device__ __forceinline__ void clear(int channels) const {
 #pragma unroll 1
     for (int64_t i = threadIdx.x; i < int64_t(channels) * pitch; i += blockDim.x) {
-      first[i * kinds] = 0;
+      first[i] = 0;
     }
   }
 };
 template <class C>
 __device__ __forceinline__ Planes<typename C::R> planes_of(const Inputs& p, const Memory<C>& memory,
                                                            int kind) {
-  return {memory.plane + kind, memory.kinds, p.plan.pitch};
+  return {memory.plane + int64_t(kind) * p.plan.channels * p.plan.pitch, p.plan.pitch};
 }
 
 // What becomes of a plane's number that meets a tensor's.
@@ -160,29 +160,28 @@ __device__ __forceinline__ View<4> with_routes(const View<3>& x) {
   return {x.data, x.dtype, {x.stride[0], 0, x.stride[1], x.stride[2]}};
 }
 
-// Reads a warp's planes of one kind at its lane's steps: 0 at steps of no token. plane: the first of
-// the kind.
+// Reads a warp's plane at its lane's steps: 0 at steps of no token.
 template <class C>
-__device__ __forceinline__ void gather(typename C::R* plane, int kinds, int flags,
-                                       const int (&at)[C::kItems], typename C::Items& x) {
+__device__ __forceinline__ void gather(typename C::R* plane, int flags, const int (&at)[C::kItems],
+                                       typename C::Items& x) {
   if (flags & kHoles) {
 #pragma unroll
-    for (int j = 0; j < C::kItems; ++j) x[j] = at[j] >= 0 ? plane[at[j] * kinds] : 0;
+    for (int j = 0; j < C::kItems; ++j) x[j] = at[j] >= 0 ? plane[at[j]] : 0;
     return;
   }
 #pragma unroll
-  for (int j = 0; j < C::kItems; ++j) x[j] = plane[at[j] * kinds];
+  for (int j = 0; j < C::kItems; ++j) x[j] = plane[at[j]];
 }
 
 // Both halves of words.
 template <class C>
-__device__ __forceinline__ void gather_halves(const float* plane, int kinds, int flags, DType dtype,
+__device__ __forceinline__ void gather_halves(const float* plane, int flags, DType dtype,
                                               const int (&at)[C::kItems], float (&low)[C::kItems],
                                               float (&high)[C::kItems]) {
   uint32_t word[C::kItems];
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) {
-    word[j] = !(flags & kHoles) || at[j] >= 0 ? float_to_bits(plane[at[j] * kinds]) : 0;
+    word[j] = !(flags & kHoles) || at[j] >= 0 ? float_to_bits(plane[at[j]]) : 0;
   }
   if (dtype == DType::kBFloat16) {
 #pragma unroll
@@ -200,16 +199,15 @@ __device__ __forceinline__ void gather_halves(const float* plane, int kinds, int
 
 // plane += scale x. Where a token comes twice lanes take turns, in the order of the route.
 template <class C>
-__device__ __forceinline__ void add_to(typename C::R* plane, int kinds, int flags,
-                                       const int (&at)[C::kItems], int lane, typename C::R scale,
-                                       const typename C::Items& x) {
+__device__ __forceinline__ void add_to(typename C::R* plane, int flags, const int (&at)[C::kItems],
+                                       int lane, typename C::R scale, const typename C::Items& x) {
   if (flags & kRepeats) {
 #pragma unroll 1
     for (int turn = 0; turn < 32; ++turn) {
       if (lane == turn) {
 #pragma unroll
         for (int j = 0; j < C::kItems; ++j) {
-          if (at[j] >= 0) plane[at[j] * kinds] += scale * x[j];
+          if (at[j] >= 0) plane[at[j]] += scale * x[j];
         }
       }
       __syncwarp();  // what the turn added is there
@@ -217,12 +215,12 @@ __device__ __forceinline__ void add_to(typename C::R* plane, int kinds, int flag
     return;
   }
   typename C::Items sum;
-  gather<C>(plane, kinds, flags, at, sum);
+  gather<C>(plane, flags, at, sum);
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) sum[j] += scale * x[j];
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) {
-    if (!(flags & kHoles) || at[j] >= 0) plane[at[j] * kinds] = sum[j];
+    if (!(flags & kHoles) || at[j] >= 0) plane[at[j]] = sum[j];
   }
   __syncwarp();  // the next tile may come to the same tokens
 }

@@ -72,7 +72,10 @@ __device__ __forceinline__ void stage_rows(const T* data, const View<4>& x, cons
         float v[kVec];
         Pack<T, kVec>::load(from + row * x.stride[2] + t).unpack(v);
 #pragma unroll
-        for (int j = 0; j < kVec; ++j) rows[row * C::kSteps + in_row<C>(t + j)] = v[j];
+        for (int j = 0; j < kVec; j += 4) {  // four neighbours in time are neighbours in a row
+          several<4>(rows[row * C::kSteps + in_row<C>(t + j)]) = {v[j], v[j + 1], v[j + 2],
+                                                                  v[j + 3]};
+        }
       }
       return;
     }

@@ -109,7 +109,6 @@ struct Memory {
   using R = typename C::R;
   Now& now;
   R *row, *share, *dt_weight, *table, *plane;
-  int kinds;  // of planes, side by side: those of a token are neighbours
 
   __device__ __forceinline__ explicit Memory(const Inputs& p, int shares, int planes)
       : now(*dynamic_shared<Now>()),
@@ -117,15 +116,11 @@ struct Memory {
         share(row + 2 * p.plan.rows * C::kSteps),
         dt_weight(share + shares * kWarps * C::kSteps),
         table(dt_weight + p.rank * kWarps),
-        plane(table + p.plan.channels * p.plan.table),
-        kinds(planes) {
+        plane(table + p.plan.channels * p.plan.table) {
     if (!C::kFast && p.planes != nullptr) {
       plane =
           static_cast<R*>(p.planes) + int64_t(blockIdx.x) * planes * p.plan.channels * p.plan.pitch;
     }
-  }
-  __device__ __forceinline__ int64_t channel_elements(const Inputs& p) const {
-    return int64_t(kinds) * p.plan.pitch;
   }
   __device__ __forceinline__ R* buffer(const Inputs& p, int i) const {
     return row + (i & 1) * p.plan.rows * C::kSteps;
@@ -147,8 +142,8 @@ struct Own {
   __device__ __forceinline__ int64_t channel() const { return memory.now.task.channel + warp; }
   __device__ __forceinline__ R* dt_weight() const { return memory.dt_weight + warp; }
   __device__ __forceinline__ R* tables() const { return memory.table + warp * p.plan.table; }
-  __device__ __forceinline__ R* plane() const {
-    return memory.plane + warp * memory.channel_elements(p);
+  __device__ __forceinline__ R* plane(int kind) const {
+    return memory.plane + (int64_t(kind) * p.plan.channels + warp) * p.plan.pitch;
   }
 };
 
