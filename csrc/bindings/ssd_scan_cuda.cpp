@@ -21,11 +21,11 @@ struct Call {
   Sizes state_sizes;  // (batch, sequence, head, headdim, state) or (slot, head, headdim, state)
 };
 
-cuda::Inputs inputs(const SsdOperands& x, const OnDevice& device, Call& call) {
+cuda::Inputs inputs(const SsdOperands& x, Call& call) {
   cuda::Inputs p{};
   static_cast<Shape&>(p) = check_ssd(x);
   p.bfloat16 = is_bfloat16(x, p) && p.state <= cuda::kMostStates;
-  p.shared_bytes = device.shared_bytes();
+  p.shared_bytes = shared_memory_of_block(x.x);
   const bool by_id = x.seq_idx && x.initial_states && x.initial_states->dim() == 5;
   DeviceSequences found = device_sequences(x.x, p.batch, p.seqlen, x.seq_idx, x.cu_seqlens, !by_id);
   p.sequences = found.sequences, call.ends = found.ends;
@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ssd_scan_fwd(
   Call call;
   const OnDevice device(x);
   cuda::WalkParams p{};
-  static_cast<cuda::Inputs&>(p) = inputs(in, device, call);
+  static_cast<cuda::Inputs&>(p) = inputs(in, call);
   mark(in, p, device.stream, call);
 
   const ScalarType compute = scalar_type(p.compute);
@@ -177,7 +177,7 @@ BwdResult ssd_scan_bwd(const OptionalTensor& dy, const OptionalTensor& dfinal_st
   const OnDevice device(x);
   const cudaStream_t stream = device.stream;
   cuda::WalkParams back{};
-  static_cast<cuda::Inputs&>(back) = inputs(in, device, call);
+  static_cast<cuda::Inputs&>(back) = inputs(in, call);
   check_ssd_gradients(in, back, dy, dlast, dchunk_states, cell_states, call.state_sizes);
   mark(in, back, stream, call);
   back.dy = view<4>("dy", dy);

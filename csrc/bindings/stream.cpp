@@ -4,6 +4,8 @@
 
 #include <stdexcept>
 
+#include "common/launch.h"
+
 namespace statescan::bindings {
 namespace {
 
@@ -34,11 +36,11 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-int64_t shared_bytes(int32_t device) {
+int64_t shared_memory_of_block(const Tensor& t) {
   int bytes = 0;
   const cudaError_t error =
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index());
+  check_cuda("shared memory of a block", error, cudaGetErrorString(error));
   return bytes;
 }
 

@@ -23,27 +23,24 @@ namespace statescan::bindings {
 struct OnDevice {
   explicit OnDevice(const Tensor&) {}
   cudaStream_t stream = nullptr;
-  int64_t shared_bytes() const { return 227 * 1024; }
 };
+
+inline int64_t shared_memory_of_block(const Tensor&) { return 227 * 1024; }  // an H100's
 
 #else
 
 cudaStream_t current_stream(int32_t device);
-// Shared memory that a block may have.
-int64_t shared_bytes(int32_t device);
 
 // Makes the tensor's device the current one for as long as this lives.
 struct OnDevice {
   explicit OnDevice(const Tensor& t)
-      : guard(t.get_device_index()),
-        stream(current_stream(t.get_device_index())),
-        index(t.get_device_index()) {}
-  int64_t shared_bytes() const { return bindings::shared_bytes(index); }
-
+      : guard(t.get_device_index()), stream(current_stream(t.get_device_index())) {}
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
-  int32_t index;
 };
+
+// Bytes of shared memory that a block can have on a tensor's device.
+int64_t shared_memory_of_block(const Tensor& t);
 
 #endif
 

@@ -7,8 +7,6 @@ from statescan.ops import _register
 from statescan.ops.route_gather import RouteTable, route_gather
 from statescan.routes import Routes
 
-CHUNK = 128  # steps between two saved states; see docs/selective_scan_2d.md
-
 
 def selective_scan_2d(
     u: Tensor,
@@ -69,8 +67,9 @@ def selective_scan_2d(
         routes: `statescan.routes.Routes`, or the token of every step as an int32 or int64 tensor,
             (T), (K, T), or (batch, K, T) for routes of each sample. A token may be visited more
             than once, or never. -1 is a ghost step: the state decays by its delta, nothing is read
-            or written. -2 is a step to skip, an exact no-op. Of a `Routes`, ``reset_period`` and
-            ``carry`` count, too.
+            or written. -2 is a step to skip, an exact no-op. On a GPU values are not checked, and
+            any other that is no token is a ghost. Of a `Routes`, ``reset_period`` and ``carry``
+            count, too.
         dt_weight: (route, dim, rank): the step sizes are dt_weight times ``delta``, which is
             computed on the fly.
         delta_softplus: apply softplus to ``delta`` (linear above 20, as in torch).
@@ -103,7 +102,9 @@ def selective_scan_2d(
     float32: 4 K state / 128 bytes for each element of u. The backward works in partial sums of dB,
     dC and the low-rank ddelta, 4 K (2 state + rank) ceil(dim / 64) bytes for each step of a batch
     element (at most 16 such sums). Each thread works in 128 bytes for each token of the map (256 in
-    the backward), which it keeps.
+    the backward), which it keeps. On a GPU h is kept every 256 steps (64 on routes that are no
+    longer), there is a partial sum for every block of channels (up to 8), and maps that do not fit
+    in shared memory work in 8 bytes (12, with a gate 16) for each element of u at a time.
     """
     _register.check_floats(
         u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, dt_weight=dt_weight,
@@ -133,13 +134,21 @@ def selective_scan_2d(
         x is not None and x.requires_grad for x in inputs
     )
     y, last_state, _ = torch.ops.statescan.selective_scan_2d_fwd(
-        *inputs, index, reset_period, carry, delta_softplus, merge != "none", out_dtype, CHUNK,
-        differentiate,
+        *inputs, index, reset_period, carry, delta_softplus, merge != "none", out_dtype,
+        chunk_size(u, index.shape[2], _compute_dtype(*inputs)), differentiate,
     )  # fmt: skip
     y = y if merge == "none" else y.squeeze(1)
     if len(token_shape) == 2:
         y = y.unflatten(-1, token_shape)
     return (y, last_state) if return_last_state else y
+
+
+def chunk_size(u: Tensor, steps: int, dtype: torch.dtype) -> int:
+    """Steps between two saved states, see docs/selective_scan_2d.md. On a GPU it is a tile of the
+    kernels, 32 lanes with 2 or with 8 steps each."""
+    if not u.is_cuda:
+        return 128
+    return 64 if steps <= 64 or dtype == torch.float64 else 256
 
 
 def _check_options(merge: str, weights: Tensor | None, operand_order: str, z: Tensor | None):
@@ -178,7 +187,9 @@ def _index(routes: RouteTable, u: Tensor) -> tuple[Tensor, int, bool]:
             raise ValueError(
                 f"routes are for {routes.length} tokens, and u has {u.shape[-1]}: {list(u.shape)}"
             )
-        return routes.index[None], routes.reset_period, routes.carry
+        # Without the look-up by device where it can be done without: torch.compile traces this.
+        index = routes.index_on(u.device) if u.is_cuda else routes.index
+        return index[None], routes.reset_period, routes.carry
     if routes.dim() not in (1, 2, 3):
         raise ValueError(
             f"routes must have shape (T), (K, T) or (batch, K, T), got {list(routes.shape)}"

@@ -1,0 +1,88 @@
+// Parameters and launchers of the CUDA kernels of the selective scan along routes.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cuda.h"
+#include "selective_scan_2d/shape.h"
+
+namespace statescan::selective_scan_2d::cuda {
+
+// A warp has a channel, its lanes have neighbouring steps: 2 or 8 of them in a tile. Further warps bring
+// what all channels share.
+inline constexpr int kWarps = 8;  // with a channel, at most
+inline constexpr int kFwdThreads = 32 * (kWarps + 2);
+inline constexpr int kBwdThreads = 32 * kWarps;  // one at least without
+inline constexpr int kShortTile = 64, kLongTile = 256;
+
+// Where a step is in a plane of tokens; negative: a step of no token.
+enum Place : int32_t { kGhost = -1, kSkip = -2 };
+// What a tile's steps have to look out for.
+enum TileFlag : int32_t {
+  kRepeats = 1,  // a token comes twice
+  kHoles = 2,    // there are steps of no token, or steps past the end (which are skipped)
+  kResets = 4,   // the state starts anew
+};
+
+// How a problem is dealt out. `Problem::chunk` is the tile.
+struct Plan {
+  int channels;    // of a block; 0: not even one channel's states fit in shared memory
+  int64_t blocks;  // of channels
+  bool on_chip;    // planes are in shared memory
+  bool fast;       // .. and the state never starts anew
+  bool together;   // all rows of narrow operands fit in a pass
+  bool halves;     // u and dy share words
+  int rows;        // in shared memory at a time, twice
+  int table;       // elements of a channel's tables
+  int pitch;       // tokens of a plane, with spare ones in between
+  int64_t shared_bytes;
+  int64_t grid;            // blocks of the launch
+  int64_t plane_elements;  // in global memory, for all blocks of the launch
+};
+
+struct Inputs : Problem {
+  const int32_t* place;  // (batch or 1, route, tile, chunk)
+  const int32_t* flags;  // (batch or 1, route, tile)
+  bool place_per_batch;
+  int64_t tiles;  // of a route
+  Plan plan;
+  void* planes;  // (block, kind, channel, pitch); null: in shared memory
+
+  STATESCAN_HOST_DEVICE int64_t tables() const { return place_per_batch ? batch : 1; }
+};
+
+struct FwdParams : Inputs {
+  View<4> y;           // (batch, route or 1, dim, token)
+  View<4> last_state;  // (batch, route, dim, state); with carry of the last route only
+  void* chunk_states;  // (batch, route, tile, state, dim) in the compute type, or null
+};
+
+struct BwdParams : Inputs {
+  const void* chunk_states;
+  View<4> dy;           // (batch, route or 1, dim, token), absent: zero
+  View<4> dlast_state;  // as last_state, or absent
+
+  View<4> du;              // (batch, route or 1, dim, token)
+  View<4> ddelta;          // (batch, route, dim, step), not yet summed over delta_repeat; where the
+                           // routes share delta in the compute type, with route stride 0
+  View<3> dz;              // (batch, dim, token)
+  View<4> dinitial_state;  // as initial_state, or absent
+  // Partial sums, in the compute type, to be added up in order. All of them have a route axis.
+  void *dB, *dC;                      // (block of channels, route, batch, step, state)
+  void* ddt;                          // (block of channels, route, batch, rank, step)
+  void* dA;                           // (batch, route, dim, state)
+  void* ddt_weight;                   // (batch, route, dim, rank)
+  void *dD, *ddelta_bias, *dweights;  // (batch, route, dim)
+};
+
+// `shared_limit`: bytes of shared memory that a block can have. `dy` is of the backward, absent: zero.
+Plan plan(const Problem& p, bool backward, const View<4>& dy, int64_t shared_limit);
+
+// Fills Inputs::place and flags. Entries of the table that are no tokens become ghosts (but -2 a
+// skip): whatever the table holds, no kernel leaves a tensor.
+void find_places(const Inputs& p, int32_t* place, int32_t* flags, cudaStream_t stream);
+
+void fwd(const FwdParams& p, cudaStream_t stream);
+void bwd(const BwdParams& p, cudaStream_t stream);
+
+}  // namespace statescan::selective_scan_2d::cuda
