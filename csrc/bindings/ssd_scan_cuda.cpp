@@ -138,8 +138,8 @@ void add_up_heads(const Tensor& partial, const Tensor& out, const Shape& p, cuda
          {1, 1, p.heads, out.dim() == 2 ? p.headdim : 1}, v, stream);
 }
 
-// (task of the group, batch, seqlen, group, state) of partial sums, or of dB or dC themselves where a
-// group has a single task.
+// (task of the group, batch, seqlen, group, state) of partial sums, or of dB or dC themselves where
+// a group has a single task.
 View<5> parts_view(const Tensor& partial, const Tensor& out) {
   const Tensor& t = partial.numel() > 0 ? partial : out;
   View<5> v;

@@ -13,8 +13,8 @@ enum Mark : int {
   kToSlot = 8,    // the state after it is a last state
 };
 
-// marks (batch, seqlen) of the sequences. `slots_per_row`: states of a batch element with seq_idx, or
-// 0: one for its two ends.
+// marks (batch, seqlen) of the sequences. `slots_per_row`: states of a batch element with seq_idx,
+// or 0: one for its two ends.
 void find_marks(const Sequences& s, int64_t slots_per_row, bool reverse, int32_t* marks,
                 cudaStream_t stream);
 

@@ -37,9 +37,9 @@ struct Inputs : Shape {
   int64_t slots() const { return slots_per_row > 0 ? batch * slots_per_row : sequences.slots(); }
 };
 
-// A walk, forward with S or backward with dS. It starts each sequence from `enter` and leaves what it
-// ends with in `leave`, both (slot, head, headdim, state) or absent. With bfloat16 products states
-// and their gradients are float, but for the saved ones.
+// A walk, forward with S or backward with dS. It starts each sequence from `enter` and leaves what
+// it ends with in `leave`, both (slot, head, headdim, state) or absent. With bfloat16 products
+// states and their gradients are float, but for the saved ones.
 struct WalkParams : Inputs {
   bool backward;
   bool summarize;  // nothing but the end of each part but the last, into carry and factor

@@ -1,7 +1,7 @@
 // The decays of one head within a piece, and their gradient: each by one warp.
 //
-// With a_t the sum of the logarithms up to and with step t, in base 2 and in two parts, since a small
-// difference of two large sums must still be exact:
+// With a_t the sum of the logarithms up to and with step t, in base 2 and in two parts, since a
+// small difference of two large sums must still be exact:
 //
 //   between(t, s) = exp(a_t' - a_s)   of what step s puts into the state, at the output of row t
 //   row[t] = exp(a_t')                of the state before the piece, at the output of row t
@@ -129,9 +129,9 @@ struct Sums {
   R dA = 0, ddt_bias = 0;
 };
 
-// Stores the gradient of dt as given, or of the logarithm of the decay; returns the piece's share of
-// dA and ddt_bias to every lane. `held` is <whole S, dS>, from state to state. All are sums of terms
-// that contain the logarithm, and of no others: nothing is added that has to cancel.
+// Stores the gradient of dt as given, or of the logarithm of the decay; returns the piece's share
+// of dA and ddt_bias to every lane. `held` is <whole S, dS>, from state to state. All are sums of
+// terms that contain the logarithm, and of no others: nothing is added that has to cancel.
 template <class R>
 __device__ __forceinline__ Sums<R> decay_gradient(const Inputs& p, const Piece& piece, int64_t head,
                                                   R A, R held, Decays<R>& d, DecaySums<R>& sums,

@@ -58,8 +58,8 @@ Room gradient_room(const GradientParams& p) {
   return has_tensor_gradients(p) ? Room{0, 0, true} : plain_gradient_room(p);
 }
 
-// Two blocks to each of 132 multiprocessors keep them busy. Fewer: sequences are cut into parts of at
-// least 4 cells. It costs a second update of the states.
+// Two blocks to each of 132 multiprocessors keep them busy. Fewer: sequences are cut into parts of
+// at least 4 cells. It costs a second update of the states.
 int64_t parts_of(const Shape& p) {
   const int64_t tasks = p.batch * p.heads * part(p.headdim, 64);
   if (tasks == 0 || tasks >= 2 * 132) return 1;

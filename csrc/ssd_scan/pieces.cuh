@@ -1,5 +1,5 @@
-// How a cell falls into pieces: neighbouring steps of one sequence, or padding. Rows of a cell and of
-// a piece are its steps in the order of the scan.
+// How a cell falls into pieces: neighbouring steps of one sequence, or padding. Rows of a cell and
+// of a piece are its steps in the order of the scan.
 #pragma once
 
 #include "common/marks.cuh"

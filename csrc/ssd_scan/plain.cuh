@@ -1,6 +1,6 @@
-// Products of any size by all threads of a block, for float and double: what the kernels are made of
-// that do without tensor cores. Operands lie in scratch memory, shared or global, as [row][column]
-// with an odd pitch, so that neither rows nor columns meet in a bank.
+// Products of any size by all threads of a block, for float and double: what the kernels are made
+// of that do without tensor cores. Operands lie in scratch memory, shared or global, as
+// [row][column] with an odd pitch, so that neither rows nor columns meet in a bank.
 #pragma once
 
 #include "ssd_scan/decays.cuh"
@@ -31,9 +31,9 @@ struct From {  // i + shift <= k < depth
   static constexpr bool kSame = false;
 };
 
-// out[i][j] = kept out[i][j] + the sum over k of a(i, k) b(k, j). A thread takes 4 rows by 4 columns, the latter far
-// apart, so that neighbouring threads read neighbours. What takes no part is not added, lest a NaN
-// spread.
+// out[i][j] = kept out[i][j] + the sum over k of a(i, k) b(k, j). A thread takes 4 rows by 4
+// columns, the latter far apart, so that neighbouring threads read neighbours. What takes no part
+// is not added, lest a NaN spread.
 template <class R, class Range, class A, class B>
 __device__ __forceinline__ void product(int rows, int columns, Range range, A&& a, B&& b, R* out,
                                         int64_t pitch, R kept = 0) {
@@ -91,8 +91,8 @@ __device__ __forceinline__ void store_at(const View<4>& x, int64_t i0, int64_t i
                 i0 * x.stride[0] + i1 * x.stride[1] + i2 * x.stride[2] + i3 * x.stride[3], value);
 }
 
-// to[i][j] = columns [first, first + columns) of a tensor (batch, seqlen, head or group, ...) at the
-// piece's rows. With `shift`, row i holds step i - 1, which before a sequence is 0.
+// to[i][j] = columns [first, first + columns) of a tensor (batch, seqlen, head or group, ...) at
+// the piece's rows. With `shift`, row i holds step i - 1, which before a sequence is 0.
 template <class R>
 __device__ __forceinline__ void load_rows(const View<4>& x, const Piece& piece, int64_t head,
                                           int64_t first, int columns, int shift, R* to,

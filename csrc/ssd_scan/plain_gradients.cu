@@ -1,5 +1,5 @@
-// The gradients of the SSD scan within each cell, without tensor cores: any dtypes, strides and sizes,
-// in float or double. docs/ssd_scan.md has the formulas and names.
+// The gradients of the SSD scan within each cell, without tensor cores: any dtypes, strides and
+// sizes, in float or double. docs/ssd_scan.md has the formulas and names.
 //
 // Block: kPlainThreads threads, one cell and some heads of a group, one after the other:
 //
@@ -7,7 +7,8 @@
 //   dC += row (dy S^T),  dB += column w (x dS^T),  dx = w (column B dS + GL^T dy) + D dy
 //   after the heads: dC += dG B,  dB += dG^T C
 //
-// Grid over (batch, cell, group, task of the group); blocks stride where each needs scratch of its own.
+// Grid over (batch, cell, group, task of the group); blocks stride where each needs scratch of its
+// own.
 #include "common/launch.h"
 #include "ssd_scan/gradient_task.cuh"
 #include "ssd_scan/plain.cuh"
@@ -264,8 +265,8 @@ class Gradients {
         [&](int s) { return d.column[s]; }, [&](int s) { return d.weight[s]; });
   }
 
-  // With Q[t, n] = scale(t) <vectors[t], state[n]>: sums[t, n] += weight(t) Q[t, n] and products[t] =
-  // sum over n of partner[t, n] Q[t, n].
+  // With Q[t, n] = scale(t) <vectors[t], state[n]>: sums[t, n] += weight(t) Q[t, n] and products[t]
+  // = sum over n of partner[t, n] Q[t, n].
   template <class Scale, class Weight>
   __device__ __forceinline__ void project(const Piece& piece, const R* vectors, const R* state,
                                           const R* partner, R* sums,

@@ -1,6 +1,8 @@
-// The walks of the SSD scan without tensor cores: any dtypes, strides and sizes, in float or double.
+// The walks of the SSD scan without tensor cores: any dtypes, strides and sizes, in float or
+// double.
 //
-// Block: kPlainThreads threads, 64 columns of one head's state along one part of a sequence. Per piece
+// Block: kPlainThreads threads, 64 columns of one head's state along one part of a sequence. Per
+// piece
 //
 //   outputs   G = C B^T, M = G between w, y = row (C S) + M x + D x, times silu(z)
 //   states    S = whole S + B^T (column w x)        back: dS = whole dS + C^T (row dy)

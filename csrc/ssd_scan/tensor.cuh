@@ -1,5 +1,5 @@
-// What the SSD scan's kernels on tensor cores share: how operands come to shared memory as tiles of 64
-// steps, bfloat16, and how results leave.
+// What the SSD scan's kernels on tensor cores share: how operands come to shared memory as tiles of
+// 64 steps, bfloat16, and how results leave.
 #pragma once
 
 #include "common/mma.cuh"
@@ -26,8 +26,8 @@ struct Tile {
 
 __device__ __forceinline__ int round_up(int x, int by) { return (x + by - 1) / by * by; }
 
-// Part of a tensor (batch, seqlen, head or group, ...): columns [first, first + columns) of a head at
-// the steps of a piece.
+// Part of a tensor (batch, seqlen, head or group, ...): columns [first, first + columns) of a head
+// at the steps of a piece.
 struct Slice {
   const char* data;
   DType dtype;
@@ -64,8 +64,8 @@ __device__ __forceinline__ void set_element(uint4& v, int j, uint16_t bits) {
   v.z |= j / 2 == 2 ? pair : 0, v.w |= j / 2 == 3 ? pair : 0;
 }
 
-// Rows of a bfloat16 tensor into a tile, columns up to a multiple of 16; rows and columns that are not
-// there are 0. With `shift`, row i holds step i - 1, which before a sequence is 0.
+// Rows of a bfloat16 tensor into a tile, columns up to a multiple of 16; rows and columns that are
+// not there are 0. With `shift`, row i holds step i - 1, which before a sequence is 0.
 template <class Tile>
 __device__ __forceinline__ void load_tile(const Slice& x, const Piece& piece, int shift, Tile& tile,
                                           int thread, int threads) {
@@ -130,7 +130,8 @@ __device__ __forceinline__ void load_ungated(const Inputs& p, const Piece& piece
   }
 }
 
-// Two neighbouring numbers of a row of a result, of any dtype: of 16 bits at once where they may be.
+// Two neighbouring numbers of a row of a result, of any dtype: of 16 bits at once where they may
+// be.
 __device__ __forceinline__ void store_pair(const Slice& x, int row, int i, float a, float b) {
   char* data = const_cast<char*>(x.data);
   if (x.packed && i + 1 < x.columns) {

@@ -1,9 +1,9 @@
 // The gradients of the SSD scan within each cell, on tensor cores: x, B and C of bfloat16, sums in
 // float. docs/ssd_scan.md has the formulas and names.
 //
-// Block: one cell and some heads of a group, one after the other. A warp has 16 rows of dB and dC and
-// 64 of their columns in registers for all of the heads, and one or two blocks of 16 x 16 of dG. Per
-// head, for 64 columns of headdim at a time:
+// Block: one cell and some heads of a group, one after the other. A warp has 16 rows of dB and dC
+// and 64 of their columns in registers for all of the heads, and one or two blocks of 16 x 16 of
+// dG. Per head, for 64 columns of headdim at a time:
 //
 //   V = dy x^T,  GL = G L,  dG += V L w          x, dy, S staged
 //   dC += row (dy S^T),  y and dz if gated       dS staged over S

@@ -50,8 +50,8 @@ class GradientWarp {
     return int(p_.headdim - first < kColumns ? p_.headdim - first : kColumns);
   }
 
-  // S before the piece, or dS after it in its place: what a walk saved, or where the sequence begins or
-  // ends. With kGradient, adds <S, dS> to held.
+  // S before the piece, or dS after it in its place: what a walk saved, or where the sequence
+  // begins or ends. With kGradient, adds <S, dS> to held.
   template <bool kGradient>
   __device__ __forceinline__ void load_state(const void* saved, bool is_saved, const View<4>& given,
                                              int64_t slot, int64_t h, int first, int columns) {
@@ -87,8 +87,8 @@ class GradientWarp {
     }
   }
 
-  // With Q[t, n] = scale[t] <vectors[t], state[n]>: sums[t, n] += weight[t] Q[t, n] and products[t] +=
-  // sum over n of partner[t, n] Q[t, n], for the warp's steps and states.
+  // With Q[t, n] = scale[t] <vectors[t], state[n]>: sums[t, n] += weight[t] Q[t, n] and products[t]
+  // += sum over n of partner[t, n] Q[t, n], for the warp's steps and states.
   template <class Vectors, class Partner>
   __device__ __forceinline__ void project(Vectors& vectors, int columns, Partner& partner,
                                           SharedArray<float, kTile>& scale,

@@ -1,5 +1,6 @@
 // What the decays get from step to step within a piece: sums over the products V GL of steps s and
-// outputs t, by the first 256 threads of a block. Four neighbouring threads share a row or a column.
+// outputs t, by the first 256 threads of a block. Four neighbouring threads share a row or a
+// column.
 #pragma once
 
 #include "ssd_scan/tensor.cuh"

@@ -1,11 +1,11 @@
 // The walks of the SSD scan on tensor cores: x, B and C of bfloat16, sums and states in float.
 //
-// Block: 8 warps for each of 1 or 2 heads of a group, kP columns of their states along one part of a
-// sequence. A warp has 16 steps of the outputs and half of their columns, and every eighth 16 rows of
-// the state in registers; the rounded state is in shared memory, as an operand. Per piece
+// Block: 8 warps for each of 1 or 2 heads of a group, kP columns of their states along one part of
+// a sequence. A warp has 16 steps of the outputs and half of their columns, and every eighth 16
+// rows of the state in registers; the rounded state is in shared memory, as an operand. Per piece
 //
-//   stage B, C, x | G = C B^T, by all warps | y = row (C S) + M x + D x | x <- column w x | S update
-//                   shared by the heads       M = G between w, rounded    in place          S rounded
+//   stage B, C, x | G = C B^T, all warps | y = row (C S) + M x + D x | x <- column w x | S update
+//                   shared by heads        M = G between w, rounded    in place          S rounded
 //
 // and back (dS), or for the ends of parts: stage C, dy | dy <- row dy | dS update.
 //
@@ -188,8 +188,9 @@ class TensorWalk {
            head() * x.stride[2] + first() * x.stride[3];
   }
 
-  // f(offset, number) for the numbers of the warp's part of the state that there are, by way of shared
-  // memory: 16 rows by 16 columns at a time, neighbours of a column side by side. Between pieces only.
+  // f(offset, number) for the numbers of the warp's part of the state that there are, by way of
+  // shared memory: 16 rows by 16 columns at a time, neighbours of a column side by side. Between
+  // pieces only.
   template <class F>
   __device__ __forceinline__ void for_state(int64_t state_stride, int64_t column_stride, F&& f) {
     const int lane = ptx::lane();

@@ -93,8 +93,8 @@ __device__ __forceinline__ void walk_cells(const WalkParams& p, WalkPlace& place
   }
 }
 
-// Scratch of blocks that take `elements` each: shared up to what leaves two blocks on an SM of sm_80,
-// else global for as many blocks as may be running.
+// Scratch of blocks that take `elements` each: shared up to what leaves two blocks on an SM of
+// sm_80, else global for as many blocks as may be running.
 inline Room room_for(const Shape& p, int64_t elements, int64_t tasks) {
   constexpr int64_t kMostShared = 76 * 1024, kMostBlocks = 2 * 132;
   const bool is_shared = elements * element_bytes(p.compute) <= kMostShared;
