@@ -7,6 +7,8 @@ from statescan.ops import _register
 from statescan.ops.route_gather import RouteTable, route_gather
 from statescan.routes import Routes
 
+CHUNK = 128  # steps between two saved states on the CPU
+
 
 def selective_scan_2d(
     u: Tensor,
@@ -147,7 +149,7 @@ def chunk_size(u: Tensor, steps: int, dtype: torch.dtype) -> int:
     """Steps between two saved states, see docs/selective_scan_2d.md. On a GPU it is a tile of the
     kernels, 32 lanes with 2 or with 8 steps each."""
     if not u.is_cuda:
-        return 128
+        return CHUNK
     return 64 if steps <= 64 or dtype == torch.float64 else 256
 
 
