@@ -5,7 +5,7 @@
 
 #include "bindings/selective_scan_2d.h"
 #include "bindings/stream.h"
-#include "selective_scan/cuda.h"
+#include "common/arrays.cuh"
 #include "selective_scan_2d/cuda.h"
 
 namespace statescan::bindings {
@@ -119,7 +119,7 @@ selective_scan_2d_bwd(const OptionalTensor& dy, const OptionalTensor& dlast_stat
   cuda::bwd(p, device.stream);
   const AddUp add_up = [&](const Tensor& partial, int64_t parts, const int64_t (&size)[4],
                            const View<4>& out) {
-    selective_scan::cuda::add_up(partial.data_ptr(), p.compute, parts, size, out, device.stream);
+    statescan::add_up(partial.data_ptr(), p.compute, parts, size, out, device.stream);
   };
   add_up_gradients(sums, x, p, g, add_up);
   if (ddelta_sum && !nothing) {
