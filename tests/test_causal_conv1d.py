@@ -63,8 +63,8 @@ def sample(
 run = partial(contract.run, in_memory_order=True)
 
 
-def check(inputs, **options):
-    """Ours, in the dtypes of `inputs`, against the reference in float64."""
+def check(inputs, *, slack=1, **options):
+    """Ours, in the dtypes of `inputs`, against the reference in float64, to `slack` tolerances."""
     options = {"activation": "silu"} | options
     if options.get("mode") == "same":
         inputs = {k: v for k, v in inputs.items() if k != "initial_state"}
@@ -75,10 +75,10 @@ def check(inputs, **options):
     want, want_grads = run(reference.causal_conv1d, in_double(inputs), **ref_options)
     coarsest = max((x.dtype for x in inputs.values() if x is not None), key=TOLERANCE.get)
     for name, y, w in zip(("y", "final_state"), got, want, strict=False):
-        assert_close(name, y, w, coarsest if name == "y" else None)
+        assert_close(name, y, w, coarsest if name == "y" else None, slack)
     for name, grad in grads.items():
         assert grad.dtype == inputs[name].dtype
-        assert_close("d" + name, grad, want_grads[name], coarsest)
+        assert_close("d" + name, grad, want_grads[name], coarsest, slack)
 
 
 def width_of(mode):
@@ -96,7 +96,8 @@ def test_matches_reference_at_ragged_lengths(mode, layout, seqlen):
 @pytest.mark.parametrize("dim", [1, 2, 15, 16, 17, 63, 64, 65, 259])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_matches_reference_at_any_dim(dim, layout):
-    check(sample(seqlen=43, dim=dim, layout=layout))
+    # The bias of one channel alone: its gradient is a small difference of large terms.
+    check(sample(seqlen=43, dim=dim, layout=layout), slack=4 if dim == 1 else 1)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 6, 7, 8, 9, 70])
