@@ -1,7 +1,6 @@
 """bench/bench_gpu.py and bench/first_measurements.cu without a GPU: every case of every operator
 on the CPU at a tiny shape, the packages of others replaced by ours; measurements too."""
 
-import ctypes
 import importlib.util
 import json
 import subprocess
@@ -139,20 +138,3 @@ def test_a_process_that_ends_badly_is_a_row(bench, tmp_path, monkeypatch):
 def test_rates_are_measured_where_they_are_not_given(bench):
     rates = bench.read_rates(None, CPU)
     assert rates["copy"] > 1e6 and "exps" not in rates
-
-
-def test_first_measurements(tmp_path):
-    sys.path.insert(0, str(ROOT / "tests" / "simt"))
-    emulator = importlib.import_module("emulator")
-    if not emulator.SUPPORTED:
-        pytest.skip("the emulator needs Linux on x86-64")
-    machine = emulator.library().path.with_name("machine.so")
-    source = ROOT / "bench" / "first_measurements.cu"
-    compiled = emulator.compile_one(source, emulator.WATCHED, machine.parents[1])
-    emulator.link_watched(machine.with_name("first.so"), [compiled], machine)
-    library = ctypes.CDLL(str(machine.with_name("first.so")))
-    library.first_measurements.restype = ctypes.c_char_p
-    emulator.set_schedule("random", 1, 2)
-    found = json.loads(library.first_measurements(1))
-    assert {"copy", "exps", "launch_s", "latency_memory_s"} <= set(found)
-    assert all(value > 0 for value in found.values())
