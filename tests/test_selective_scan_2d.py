@@ -822,18 +822,17 @@ def test_unsupported_dtypes(dtype):
         ours(**inputs, routes=along, out_dtype=dtype)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_fuzz(data):
-    """Shapes, layouts, dtypes, routes and options drawn together."""
+def drawn(data, *, most_steps, most_routes, most_batch, most_dim, most_state):
+    """Inputs, routes, options and seed: shapes, layouts and dtypes are drawn together with them."""
     draw = data.draw
-    length, steps = draw(st.integers(1, 40), "length"), draw(st.integers(0, 50), "steps")
-    count, batch = draw(st.integers(1, 4), "count"), draw(st.integers(1, 3), "batch")
+    length, steps = draw(st.integers(1, 40), "length"), draw(st.integers(0, most_steps), "steps")
+    count = draw(st.integers(1, most_routes), "count")
+    batch = draw(st.integers(1, most_batch), "batch")
     seed = draw(st.integers(0, 99), "seed")
     along = Routes(length, holes(count, steps, length, seed), carry=draw(st.booleans(), "carry"))
     dividers = [n for n in range(1, steps + 1) if steps % n == 0]
     along = along.with_reset(draw(st.sampled_from([0, *dividers]), "reset_period"))
-    dim = draw(st.integers(1, 20), "dim")
+    dim = draw(st.integers(1, most_dim), "dim")
     options = {"one_by_one": draw(st.booleans(), "one_by_one")}
     kinds = {
         "delta_dim": draw(st.sampled_from([n for n in range(1, dim + 1) if dim % n == 0])),
@@ -850,12 +849,21 @@ def test_fuzz(data):
     if draw(st.booleans(), "token order"):
         options["operand_order"], kinds["columns"] = "token", (length,)
     inputs = sample(
-        along, dim, draw(st.integers(1, 18), "state"), batch, seed=seed,
+        along, dim, draw(st.integers(1, most_state), "state"), batch, seed=seed,
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), "dtype"),
         **kinds, one_by_one=options["one_by_one"],
     )  # fmt: skip
     for name in ("u", "delta", "z", "B"):
         if inputs[name] is not None and draw(st.booleans(), f"channel-last {name}"):
             inputs[name] = channel_last(inputs[name]).requires_grad_()
+    return inputs, along, options, seed
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_fuzz(data):
+    inputs, along, options, _ = drawn(
+        data, most_steps=50, most_routes=4, most_batch=3, most_dim=20, most_state=18
+    )
     # With a handful of numbers the largest may itself be a small difference of large terms.
     check(inputs, along, **options, slack=30)
