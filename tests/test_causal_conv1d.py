@@ -462,18 +462,14 @@ def test_gradcheck(options, activation):
     assert torch.autograd.gradcheck(conv, tuple(inputs.values()))
 
 
-@settings(
-    max_examples=60, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)  # fmt: skip
-@given(data=st.data())
-def test_fuzz(data):
+def drawn(data, *, most_width, most_steps, most_dim):
+    """Inputs and options: shapes, layouts, dtypes and options are drawn together."""
     draw = data.draw
     mode = draw(st.sampled_from(MODES))
-    width = draw(st.integers(1, 10))
+    width = draw(st.integers(1, most_width))
     if mode == "same":
         width |= 1
-    batch, seqlen = draw(st.integers(1, 3)), draw(st.integers(0, 200))
+    batch, seqlen = draw(st.integers(1, 3)), draw(st.integers(0, most_steps))
     options = {"mode": mode, "activation": draw(st.sampled_from([None, "silu"]))}
     sequences = draw(st.sampled_from(["dense", "packed", "ids"]))
     slots = None
@@ -486,11 +482,21 @@ def test_fuzz(data):
         steps = torch.rand(batch, seqlen, generator=g) < draw(st.sampled_from([0.02, 0.3]))
         options["seq_idx"] = steps.int().cumsum(1) % 4 - 1
     inputs = sample(
-        batch, draw(st.integers(1, 70)), seqlen, width, slots=slots,
+        batch, draw(st.integers(1, most_dim)), seqlen, width, slots=slots,
         bias=draw(st.booleans()), initial_state=draw(st.booleans()),
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         layout=draw(st.sampled_from(LAYOUTS)),
     )  # fmt: skip
+    return inputs, options
+
+
+@settings(
+    max_examples=60, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+@given(data=st.data())
+def test_fuzz(data):
+    inputs, options = drawn(data, most_width=10, most_steps=200, most_dim=70)
     check(inputs, **options)
 
 

@@ -260,26 +260,7 @@ def test_fuzz(data):
     if not emulator.SUPPORTED:
         pytest.skip("the emulator needs Linux on x86-64")
     draw = data.draw
-    mode = draw(st.sampled_from(MODES))
-    width = draw(st.integers(1, 6)) | (mode == "same")
-    batch, seqlen = draw(st.integers(1, 3)), draw(st.integers(0, 90))
-    options = {"mode": mode, "activation": draw(st.sampled_from([None, "silu"]))}
-    sequences = draw(st.sampled_from(["dense", "packed", "ids"]))
-    slots = None
-    if sequences == "packed":
-        cuts = sorted(draw(st.lists(st.integers(0, seqlen), max_size=4)))
-        options["cu_seqlens"] = torch.tensor([0, *cuts, seqlen])
-        batch, slots = 1, len(cuts) + 1
-    elif sequences == "ids":
-        g = torch.Generator().manual_seed(draw(st.integers(0, 9)))
-        steps = torch.rand(batch, seqlen, generator=g) < draw(st.sampled_from([0.02, 0.3]))
-        options["seq_idx"] = steps.int().cumsum(1) % 4 - 1
-    inputs = sample(
-        batch, draw(st.integers(1, 20)), seqlen, width, slots=slots,
-        bias=draw(st.booleans()), initial_state=draw(st.booleans()),
-        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
-        layout=draw(st.sampled_from(LAYOUTS)),
-    )  # fmt: skip
+    inputs, options = on_cpu.drawn(data, most_width=6, most_steps=90, most_dim=20)
     policy = draw(st.sampled_from(["forward", "reverse", "random"]))
     check(emulated(policy, draw(st.integers(0, 9))), inputs, **options)
 
