@@ -91,6 +91,7 @@ class TensorWalk {
       float* to = chunk_state(cell);
       for_state(p_.chunk_states.stride[4], p_.chunk_states.stride[3],
                 [&](int64_t at, float& S) { to[at] = S; });
+      __syncthreads();  // what it went through is read: operands come in there next
     }
     if (p_.cell_states == nullptr) return;
     const int64_t row = ((task_.b * p_.cells() + cell.index) * p_.heads + head()) * p_.state;
