@@ -758,19 +758,17 @@ def test_unsupported_dtypes(dtype):
         ours(**inputs, out_dtype=dtype)
 
 
-@settings(max_examples=40)
-@given(data=st.data())
-def test_fuzz(data):
-    """Shapes, layouts, dtypes and options drawn together."""
+def drawn(data, *, groups, most_heads, most_steps, chunks, widest):
+    """Inputs and options: shapes, layouts, dtypes and options are drawn together."""
     draw = data.draw
-    groups = draw(st.sampled_from([1, 2, 3]), "groups")
-    heads = groups * draw(st.integers(1, 5), "heads / groups")
+    groups = draw(st.sampled_from(groups), "groups")
+    heads = groups * draw(st.integers(1, most_heads), "heads / groups")
     packed = draw(st.sampled_from([None, "cu_seqlens", "seq_idx"]), "packed")
     batch = 1 if packed == "cu_seqlens" else draw(st.integers(1, 2), "batch")
-    seqlen = draw(st.integers(0, 150), "seqlen")
+    seqlen = draw(st.integers(0, most_steps), "seqlen")
     names = ("reverse", "shift_output", "return_final_states", "return_chunk_states")
     options = {k: draw(st.booleans(), k) for k in names}
-    options["chunk_size"] = draw(st.sampled_from([None, 3, 40, 70, 256]), "chunk_size")
+    options["chunk_size"] = draw(st.sampled_from(chunks), "chunk_size")
     absent = {k: draw(st.booleans(), k) for k in ("z", "dt_bias", "initial_states", "log_decay")}
     slots = None
     if packed == "cu_seqlens":
@@ -781,13 +779,23 @@ def test_fuzz(data):
         row = st.lists(st.integers(-1, 3), min_size=seqlen, max_size=seqlen)
         options["seq_idx"] = torch.tensor([draw(row) for _ in range(batch)], dtype=torch.int32)
     inputs = sample(
-        batch, seqlen, heads, draw(st.integers(1, 40), "headdim"),
-        draw(st.integers(1, 40), "state"), groups, D=draw(st.integers(0, 2), "D"), slots=slots,
+        batch, seqlen, heads, draw(st.integers(1, widest), "headdim"),
+        draw(st.integers(1, widest), "state"), groups, D=draw(st.integers(0, 2), "D"), slots=slots,
         dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), "dtype"),
         seed=draw(st.integers(0, 99), "seed"), **absent,
     )  # fmt: skip
     for name in ("x", "dt", "B", "z"):
         if inputs[name] is not None and draw(st.booleans(), f"heads first {name}"):
             inputs[name] = heads_first(inputs[name])
+    return inputs, options
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_fuzz(data):
+    inputs, options = drawn(
+        data, groups=(1, 2, 3), most_heads=5, most_steps=150, chunks=(None, 3, 40, 70, 256),
+        widest=40,
+    )  # fmt: skip
     # With a handful of numbers the largest may itself be a small difference of large terms.
     check(inputs, **options, slack=30)

@@ -394,32 +394,9 @@ def test_fuzz(data):
     if not emulator.SUPPORTED:
         pytest.skip("the emulator needs Linux on x86-64")
     draw = data.draw
-    groups = draw(st.sampled_from([1, 2]), "groups")
-    heads = groups * draw(st.integers(1, 3), "heads / groups")
-    packed = draw(st.sampled_from([None, "cu_seqlens", "seq_idx"]), "packed")
-    batch = 1 if packed == "cu_seqlens" else draw(st.integers(1, 2), "batch")
-    seqlen = draw(st.integers(0, 75), "seqlen")
-    names = ("reverse", "shift_output", "return_final_states", "return_chunk_states")
-    options = {k: draw(st.booleans(), k) for k in names}
-    options["chunk_size"] = draw(st.sampled_from([None, 9, 40, 70]), "chunk_size")
-    absent = {k: draw(st.booleans(), k) for k in ("z", "dt_bias", "initial_states", "log_decay")}
-    slots = None
-    if packed == "cu_seqlens":
-        cuts = draw(st.lists(st.integers(0, seqlen), max_size=4), "cuts")
-        options["cu_seqlens"] = torch.tensor([0, *sorted(cuts), seqlen], dtype=torch.int64)
-        slots = (len(cuts) + 1,)
-    elif packed == "seq_idx" and seqlen > 0:
-        row = st.lists(st.integers(-1, 3), min_size=seqlen, max_size=seqlen)
-        options["seq_idx"] = torch.tensor([draw(row) for _ in range(batch)], dtype=torch.int32)
-    inputs = sample(
-        batch, seqlen, heads, draw(st.integers(1, 20), "headdim"),
-        draw(st.integers(1, 20), "state"), groups, D=draw(st.integers(0, 2), "D"), slots=slots,
-        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), "dtype"),
-        seed=draw(st.integers(0, 99), "seed"), **absent,
-    )  # fmt: skip
-    for name in ("x", "dt", "B", "z"):
-        if inputs[name] is not None and draw(st.booleans(), f"heads first {name}"):
-            inputs[name] = heads_first(inputs[name])
+    inputs, options = on_cpu.drawn(
+        data, groups=(1, 2), most_heads=3, most_steps=75, chunks=(None, 9, 40, 70), widest=20
+    )
     policy = draw(st.sampled_from(["forward", "reverse", "random"]), "policy")
     # With a handful of numbers the largest may itself be a small difference of large terms.
     check(emulator.emulated(policy, draw(st.integers(0, 9), "order")), inputs, **options, slack=30)
