@@ -388,6 +388,12 @@ def test_gradients_are_deterministic(place, dtype):
         assert torch.equal(first[name], second[name]), name
 
 
+def test_chunk_states_of_more_than_one_block_of_states(place):
+    """Warps copy chunk states through the memory that operands come into next."""
+    inputs = sample(1, 5, heads=1, headdim=1, state=17, groups=1, dtype=torch.bfloat16)
+    check(place, inputs, return_chunk_states=True)
+
+
 @settings(max_examples=12)
 @given(data=st.data())
 def test_fuzz(data):
