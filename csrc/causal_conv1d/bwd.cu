@@ -69,7 +69,7 @@ __global__ __launch_bounds__(kThreads) void any_sums_kernel(const BwdParams p, D
     __syncwarp();
 #pragma unroll
     for (int lanes = kTeam / 2; lanes > 0; lanes /= 2) {
-      sum += __shfl_xor_sync(kLanes, sum, lanes);
+      sum += __shfl_xor_sync(kAllLanes, sum, lanes);
     }
     if (lane == 0) static_cast<R*>(p.partial)[task] = sum;
   }

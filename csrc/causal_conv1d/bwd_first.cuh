@@ -14,11 +14,11 @@
 #include "causal_conv1d/bwd_one.cuh"
 #include "causal_conv1d/packs.cuh"
 #include "common/divisor.h"
+#include "common/lanes.cuh"
 
 namespace statescan::causal_conv1d::cuda {
 
 constexpr int kGroup = 2;  // rows loaded together: 2 KiB of each warp are on their way
-constexpr unsigned kLanes = 0xffffffffu;
 
 // Where a pack is not in the midst of a sequence. Bit j is time t - kReach + j, the pack's own times
 // being kReach .. kReach + kVec - 1.
@@ -180,7 +180,7 @@ struct RowWalk {
     float around[kVec + kReach], dx_before[kVec];
 #pragma unroll
     for (int i = 0; i < kLeft; ++i) {
-      const float right = __shfl_sync(kLanes, next[i], (lane + 1) % 32);
+      const float right = __shfl_sync(kAllLanes, next[i], (lane + 1) % 32);
       around[kRight + kVec + i] = lane == 31 ? right : right_of[i];
       right_of[i] = right;
     }
@@ -189,8 +189,8 @@ struct RowWalk {
 #pragma unroll
     for (int i = 0; i < kRight; ++i) {
       around[i] = left_of[i];
-      const float before = __shfl_sync(kLanes, dpre[kVec - kRight + i], (lane + 31) % 32);
-      const float own = __shfl_sync(kLanes, next[kVec - kRight + i], (lane + 31) % 32);
+      const float before = __shfl_sync(kAllLanes, dpre[kVec - kRight + i], (lane + 31) % 32);
+      const float own = __shfl_sync(kAllLanes, next[kVec - kRight + i], (lane + 31) % 32);
       left_of[i] = lane == 0 ? before : own;
     }
     if (kWhole || window.whole()) {
@@ -224,7 +224,7 @@ __device__ __forceinline__ bool rows_are_whole(const Sequences& s, int64_t b, in
       const int64_t t = own + i * 32 * kVec;
       whole = whole && in_one_run(s, b, t - kReach, t + kVec + kReach);
     }
-    return __all_sync(kLanes, whole);
+    return __all_sync(kAllLanes, whole);
   }
   if (!s.offsets) return true;
   if (from < run.begin || from >= run.end) run = run_at(s, b, from, 0, false);
@@ -313,11 +313,8 @@ __global__ __launch_bounds__(kBwdThreads, 4) void channel_first_kernel(const Bwd
     float* partial = static_cast<float*>(p.partial) + part * (kWidth + 1) * p.dim + c;
 #pragma unroll
     for (int k = 0; k <= kWidth; ++k) {
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) {
-        walk.sums[k] += __shfl_xor_sync(kLanes, walk.sums[k], lanes);
-      }
-      if (walk.lane == 0) partial[k * p.dim] = walk.sums[k];
+      const float sum = sum_over_warp(walk.sums[k]);
+      if (walk.lane == 0) partial[k * p.dim] = sum;
     }
   }
 }

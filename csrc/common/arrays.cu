@@ -4,6 +4,7 @@
 
 #include "common/device_view.cuh"
 #include "common/divisor.h"
+#include "common/lanes.cuh"
 #include "common/launch.h"
 
 namespace statescan {
@@ -39,7 +40,7 @@ __global__ __launch_bounds__(kThreads) void sum_kernel(const R* partial, int64_t
     R sum = 0;
 #pragma unroll 4
     for (int64_t part = lane; part < parts; part += lanes) sum += partial[part * tasks + i];
-    for (int by = lanes / 2; by > 0; by /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, by);
+    for (int by = lanes / 2; by > 0; by /= 2) sum += __shfl_xor_sync(kAllLanes, sum, by);
     if (lane > 0) continue;
     int64_t x1, x2, x3;
     const int64_t x0 = size1.divide(size2.divide(size3.divide(i, x3), x2), x1);

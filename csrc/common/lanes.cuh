@@ -9,9 +9,9 @@ namespace statescan {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-// kCount neighbours in shared memory, moved at once.
+// kCount neighbours in shared memory, moved at once, or four at a time.
 template <class R, int kCount>
-struct alignas(sizeof(R) * kCount) Several {
+struct alignas(sizeof(R) * (kCount < 4 ? kCount : 4)) Several {
   R x[kCount];
 };
 template <int kCount, class R>

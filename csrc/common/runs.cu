@@ -1,5 +1,6 @@
 #include "common/runs.cuh"
 
+#include "common/lanes.cuh"
 #include "common/launch.h"
 #include "common/shared.cuh"
 
@@ -7,7 +8,6 @@ namespace statescan {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Partial {
   SharedArray<int64_t, kWarps> of_warp;

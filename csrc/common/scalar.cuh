@@ -59,13 +59,6 @@ __device__ __forceinline__ R softplus(R x) {
   return softplus(x, slope);
 }
 
-template <class R>
-__device__ __forceinline__ R softplus(R x, R& slope) {
-  const R y = softplus(x);
-  slope = softplus_slope(y);
-  return y;
-}
-
 // e^87 keeps the reciprocal normal; sigmoid(-87) is 2e-38 and x sigmoid(x) no better than 0.
 __device__ __forceinline__ float sigmoid(float x) {
   return ptx::rcp(1.0f + exp_within(ptx::at_most(ptx::at_least(-x, -105.0f), 87.0f)));

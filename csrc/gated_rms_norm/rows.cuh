@@ -11,6 +11,7 @@
 
 #include "common/device_view.cuh"
 #include "common/divisor.h"
+#include "common/lanes.cuh"
 #include "common/scalar.cuh"
 #include "common/shared.cuh"
 #include "gated_rms_norm/shape.h"
@@ -20,7 +21,6 @@
 namespace statescan::gated_rms_norm::cuda {
 
 inline constexpr int kPack = 8;  // channels: 16 bytes, or twice 16 of float
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 // ---- where rows lie
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/device_view.cuh"
+#include "common/lanes.cuh"
 #include "common/marks.cuh"
 #include "common/scalar.cuh"
 #include "common/shared.cuh"
@@ -15,7 +16,6 @@
 
 namespace statescan::selective_scan::cuda {
 
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 template <class R_, int kChannelsOfLane, int kStatesOfLane, int kLanes, int kWarpsOfBlock,
@@ -63,16 +63,6 @@ template <class C>
 using Tile = SharedArray<typename C::R, kSteps * C::kPitch>;
 template <class C>
 using StateTile = SharedArray<typename C::R, kSteps * C::kStatePitch>;
-
-// kCount neighbours in shared memory, moved 16 bytes or more at once.
-template <class R, int kCount>
-struct alignas(sizeof(R) * (kCount < 4 ? kCount : 4)) Several {
-  R x[kCount];
-};
-template <int kCount, class R>
-__device__ __forceinline__ Several<R, kCount>& several(R& first) {
-  return reinterpret_cast<Several<R, kCount>&>(first);
-}
 
 // One block's share of a launch.
 struct Task {

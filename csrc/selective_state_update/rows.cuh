@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/device_view.cuh"
+#include "common/lanes.cuh"
 #include "common/scalar.cuh"
 #include "selective_state_update/cuda.h"
 
@@ -9,7 +10,6 @@
 
 namespace statescan::selective_state_update::cuda {
 
-constexpr unsigned kLanes = 0xffffffffu;
 constexpr double kLog2e = 1.4426950408889634;
 
 // A number as it is in memory, float or 16 bits: loading it neither branches nor waits for it.
@@ -220,8 +220,8 @@ struct Rows {
     for (int j = 0; j < kPacks; ++j) B[j].unpack(B_n[j]), C[j].unpack(C_n[j]);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const float dt_x = __shfl_sync(kLanes, own_dt_x, i, at.lanes);
-      const float row_a = __shfl_sync(kLanes, own_a, i, at.lanes);
+      const float dt_x = __shfl_sync(kAllLanes, own_dt_x, i, at.lanes);
+      const float row_a = __shfl_sync(kAllLanes, own_a, i, at.lanes);
       sum[i] = 0;
 #pragma unroll
       for (int j = 0; j < kPacks; ++j) {
@@ -246,11 +246,12 @@ struct Rows {
 #pragma unroll
       for (int i = 0; i < kRows; i += 2 * bit) {
         const float kept = odd ? sum[i + bit] : sum[i], given = odd ? sum[i] : sum[i + bit];
-        sum[i] = kept + __shfl_xor_sync(kLanes, given, bit);
+        sum[i] = kept + __shfl_xor_sync(kAllLanes, given, bit);
       }
     }
 #pragma unroll 1
-    for (int bit = kRows; bit < at.lanes; bit *= 2) sum[0] += __shfl_xor_sync(kLanes, sum[0], bit);
+    for (int bit = kRows; bit < at.lanes; bit *= 2)
+      sum[0] += __shfl_xor_sync(kAllLanes, sum[0], bit);
     return sum[0];
   }
 

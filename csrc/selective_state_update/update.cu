@@ -125,8 +125,7 @@ __global__ __launch_bounds__(kThreads) void any_kernel(const Params p, Divisor h
         sum += h * element<R>(p.C, b, t, group, n);
       }
       __syncwarp();
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kLanes, sum, lanes);
+      sum = sum_over_warp(sum);
       if (!p.compute_output || threadIdx.x % 32 != 0) continue;
       if (p.D && slot >= 0) {
         const R D =

@@ -13,14 +13,13 @@
 #pragma once
 
 #include "common/device_view.cuh"
+#include "common/lanes.cuh"
 #include "common/scalar.cuh"
 #include "ssd_scan/pieces.cuh"
 
 #include "ssd_scan/equations.h"
 
 namespace statescan::ssd_scan::cuda {
-
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class R>
 struct Decays {
