@@ -34,24 +34,14 @@ std::tuple<Tensor, Tensor> gated_rms_norm_fwd(
   FwdParams p{};
   static_cast<Shape&>(p) = check(o, {eps, group_size, norm_before_gate, subtract_mean});
 
-  const OptionalTensor y = empty_like(x, out_dtype ? *out_dtype : x.scalar_type());
-  OptionalTensor sum;
-  if (return_residual) {
-    const ScalarType like = residual ? residual->scalar_type() : x.scalar_type();
-    sum = empty_like(x, residual_dtype ? *residual_dtype : like);
-  }
-  const OptionalTensor in = x;
-  p.weight = view<1>("weight", weight), p.bias = view<1>("bias", bias);
-  p.x = rows("x", in), p.z = rows("z", z), p.residual = rows("residual", residual);
-  p.y = rows("out_dtype", y), p.residual_out = rows("residual_dtype", sum);
-  lay_out(p, x,
-          {{&p.x, &in}, {&p.z, &z}, {&p.residual, &residual}, {&p.y, &y}, {&p.residual_out, &sum}});
+  const Results results(o, out_dtype, residual_dtype, return_residual);
+  lay_out(p, x, results.join(p, o));
   p.in_place = p.in_place && !residual && !return_residual;
   if (p.dim > 0) {
     run_tasks([](const FwdParams& q, const Range& r) { fwd(q, r); }, p, p.tasks(),
               p.scratch_bytes(), p.grain(p.tasks()));
   }
-  return {*y, sum ? *sum : empty(x, {0}, x.scalar_type())};
+  return results.all();
 }
 
 // out[c] = sum over tasks of partial[task, which, c]
@@ -80,29 +70,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_rms_norm_bwd(
   check_like_x("dresidual_out", dresidual_out, x);
 
   const ScalarType compute = scalar_type(p.compute);
-  const auto absent = [&] { return empty(x, {0}, compute); };
-  const OptionalTensor dx = empty_like(x, dx_dtype);
-  OptionalTensor dz, dresidual;
-  if (z) dz = empty_like(*z, z->scalar_type());
-  if (dresidual_dtype) dresidual = empty_like(x, *dresidual_dtype);
-  const Tensor dweight = weight ? empty_like(*weight, weight->scalar_type()) : absent();
-  const Tensor dbias = bias ? empty_like(*bias, bias->scalar_type()) : absent();
-  const OptionalTensor in = x;
-  p.weight = view<1>("weight", weight), p.bias = view<1>("bias", bias);
-  p.x = rows("x", in), p.z = rows("z", z), p.residual = rows("residual", residual);
-  p.dy = rows("dy", dy), p.dresidual_out = rows("dresidual_out", dresidual_out);
-  p.dx = rows("dx_dtype", dx), p.dz = rows("z", dz),
-  p.dresidual = rows("dresidual_dtype", dresidual);
-  lay_out(p, x,
-          {{&p.x, &in},
-           {&p.z, &z},
-           {&p.residual, &residual},
-           {&p.dy, &dy},
-           {&p.dresidual_out, &dresidual_out},
-           {&p.dx, &dx},
-           {&p.dz, &dz},
-           {&p.dresidual, &dresidual}});
-  p.in_place = p.in_place && dy && !residual && !dresidual_out && !dresidual;
+  const Gradients gradients(o, dy, dresidual_out, dx_dtype, dresidual_dtype);
+  lay_out(p, x, gradients.join(p, o));
+  p.in_place = p.in_place && dy && !residual && !dresidual_out && !dresidual_dtype;
   const int64_t tasks = p.dim > 0 ? p.tasks() : 0;
   OptionalTensor partial;
   if (weight || bias) {  // without rows nothing writes the partial sums, and the gradients are zero
@@ -112,9 +82,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_rms_norm_bwd(
   }
   run_tasks([](const BwdParams& q, const Range& r) { bwd(q, r); }, p, tasks, p.scratch_bytes(),
             p.grain(tasks));
-  if (weight) add_up(*partial, 0, p, dweight);
-  if (bias) add_up(*partial, 1, p, dbias);
-  return {*dx, dweight, dbias, dz ? *dz : absent(), dresidual ? *dresidual : absent()};
+  if (weight) add_up(*partial, 0, p, *gradients.dweight);
+  if (bias) add_up(*partial, 1, p, *gradients.dbias);
+  return gradients.all(compute);
 }
 
 }  // namespace

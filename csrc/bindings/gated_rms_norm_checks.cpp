@@ -60,4 +60,32 @@ void lay_out(Shape& p, const Tensor& x, const std::vector<Tensors>& all) {
   }
 }
 
+Results::Results(const Operands& o, std::optional<ScalarType> out_dtype,
+                 std::optional<ScalarType> residual_dtype, bool return_residual)
+    : x(o.x), y(empty_like(o.x, out_dtype.value_or(o.x.scalar_type()))) {
+  if (!return_residual) return;
+  const Tensor& like = o.residual ? *o.residual : o.x;
+  residual_out = empty_like(o.x, residual_dtype.value_or(like.scalar_type()));
+}
+
+std::tuple<Tensor, Tensor> Results::all() const {
+  return {*y, residual_out ? *residual_out : empty(*x, {0}, x->scalar_type())};
+}
+
+Gradients::Gradients(const Operands& o, const OptionalTensor& dy,
+                     const OptionalTensor& dresidual_out, ScalarType dx_dtype,
+                     std::optional<ScalarType> dresidual_dtype)
+    : dy(dy), dresidual_out(dresidual_out), x(o.x), dx(empty_like(o.x, dx_dtype)) {
+  const auto like = [](const OptionalTensor& t) {
+    return t ? OptionalTensor(empty_like(*t, t->scalar_type())) : std::nullopt;
+  };
+  dz = like(o.z), dweight = like(o.weight), dbias = like(o.bias);
+  if (dresidual_dtype) dresidual = empty_like(o.x, *dresidual_dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> Gradients::all(ScalarType compute) const {
+  const auto or_empty = [&](const OptionalTensor& t) { return t ? *t : empty(*x, {0}, compute); };
+  return {*dx, or_empty(dweight), or_empty(dbias), or_empty(dz), or_empty(dresidual)};
+}
+
 }  // namespace statescan::bindings::norm

@@ -21,20 +21,10 @@ std::tuple<Tensor, Tensor> gated_rms_norm_fwd(
   cuda::FwdParams p{};
   static_cast<Shape&>(p) = check(o, {eps, group_size, norm_before_gate, subtract_mean});
   const OnDevice device(x);
-  const OptionalTensor y = empty_like(x, out_dtype ? *out_dtype : x.scalar_type());
-  OptionalTensor sum;
-  if (return_residual) {
-    const ScalarType like = residual ? residual->scalar_type() : x.scalar_type();
-    sum = empty_like(x, residual_dtype ? *residual_dtype : like);
-  }
-  const OptionalTensor in = x;
-  p.weight = view<1>("weight", weight), p.bias = view<1>("bias", bias);
-  p.x = rows("x", in), p.z = rows("z", z), p.residual = rows("residual", residual);
-  p.y = rows("out_dtype", y), p.residual_out = rows("residual_dtype", sum);
-  lay_out(p, x,
-          {{&p.x, &in}, {&p.z, &z}, {&p.residual, &residual}, {&p.y, &y}, {&p.residual_out, &sum}});
+  const Results results(o, out_dtype, residual_dtype, return_residual);
+  lay_out(p, x, results.join(p, o));
   cuda::fwd(p, device.stream);
-  return {*y, sum ? *sum : empty(x, {0}, x.scalar_type())};
+  return results.all();
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_rms_norm_bwd(
@@ -53,37 +43,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_rms_norm_bwd(
 
   const OnDevice device(x);
   const ScalarType compute = scalar_type(p.compute);
-  const auto absent = [&] { return empty(x, {0}, compute); };
-  const OptionalTensor dx = empty_like(x, dx_dtype);
-  OptionalTensor dz, dresidual;
-  if (z) dz = empty_like(*z, z->scalar_type());
-  if (dresidual_dtype) dresidual = empty_like(x, *dresidual_dtype);
-  const Tensor dweight = weight ? empty_like(*weight, weight->scalar_type()) : absent();
-  const Tensor dbias = bias ? empty_like(*bias, bias->scalar_type()) : absent();
-  const OptionalTensor in = x;
-  p.weight = view<1>("weight", weight), p.bias = view<1>("bias", bias);
-  p.x = rows("x", in), p.z = rows("z", z), p.residual = rows("residual", residual);
-  p.dy = rows("dy", dy), p.dresidual_out = rows("dresidual_out", dresidual_out);
-  p.dx = rows("dx_dtype", dx), p.dz = rows("z", dz),
-  p.dresidual = rows("dresidual_dtype", dresidual);
-  lay_out(p, x,
-          {{&p.x, &in},
-           {&p.z, &z},
-           {&p.residual, &residual},
-           {&p.dy, &dy},
-           {&p.dresidual_out, &dresidual_out},
-           {&p.dx, &dx},
-           {&p.dz, &dz},
-           {&p.dresidual, &dresidual}});
-  if (weight) p.dweight = view<1>("weight", dweight);
-  if (bias) p.dbias = view<1>("bias", dbias);
+  const Gradients gradients(o, dy, dresidual_out, dx_dtype, dresidual_dtype);
+  lay_out(p, x, gradients.join(p, o));
+  p.dweight = view<1>("weight", gradients.dweight), p.dbias = view<1>("bias", gradients.dbias);
   OptionalTensor partial;
   if (p.dim > 0 && p.rows > 0 && (weight || bias)) {
     partial = empty(x, {p.parts(), 2, p.dim}, compute);
     p.partial = partial->data_ptr();
   }
   cuda::bwd(p, device.stream);
-  return {*dx, dweight, dbias, dz ? *dz : absent(), dresidual ? *dresidual : absent()};
+  return gradients.all(compute);
 }
 
 }  // namespace
