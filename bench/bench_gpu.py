@@ -1,5 +1,6 @@
 """Every operator with a preset "gpu" on a GPU, beside mamba-ssm and causal-conv1d where they are
-installed: answers checked first, then time and share of the floor.
+installed, and the fused 2-D scan beside three kernels that do the same: answers checked first, then
+time and share of the floor.
 
     python bench/bench_gpu.py [--json FILE] [--measured FILE] [--seconds 300] [--op NAME ...]
     python bench/bench_gpu.py --dry      the same code on the CPU, at tiny shapes
@@ -34,7 +35,7 @@ from statescan.bench.run import OURS, PEER_ROOM, Check, Settings
 from statescan.bench.suite import Case, Op, Peer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-PEERS = ("mamba-ssm", "causal-conv1d")
+PEERS = ("mamba-ssm", "causal-conv1d", "three steps")
 PASSES = {"forward": "fwd", "backward": "fwd+bwd"}  # what is timed, and what the suite calls it
 SETS_BYTES = 256 << 20  # of all sets of inputs together, at least
 # Sizes that answers are compared at, and of the dry run.

@@ -1,7 +1,7 @@
 """selective_scan_2d: shapes, inputs, cost, and what else computes it."""
 
-import functools
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor
 
 import statescan
 from statescan import reference, routes
+from statescan.bench import peers
 from statescan.bench.ops import selective_scan
 from statescan.bench.suite import Case, Cost, Inputs, Op, Peer, count_bytes
 from statescan.ops.selective_scan_2d import CHUNK
@@ -21,7 +22,7 @@ FAMILIES = (
     routes.plain_mamba,
     routes.efficient_vmamba,
     routes.msvmamba,
-    functools.partial(routes.mhs_vm, family="S"),
+    partial(routes.mhs_vm, family="S"),
 )
 CROSS, BIDI, SNAKE, ATROUS, MULTI_SCALE, SPIRAL = range(len(FAMILIES))
 
@@ -157,8 +158,8 @@ def gathered(x: Inputs) -> Tensor:
     return y.unflatten(2, x["u"].shape[2:])
 
 
-def three_steps(x: Inputs) -> Tensor:
-    """Our own: cross_scan (route_gather), the dt projection, selective_scan, cross_merge."""
+def three_steps(x: Inputs, scan=selective_scan.call) -> Tensor:
+    """Our cross_scan (route_gather), the dt projection, a scan, our cross_merge."""
     operands, along = split(x)
     H, W = x["u"].shape[2:]
     cross = int(x["family"]) == CROSS
@@ -166,8 +167,7 @@ def three_steps(x: Inputs) -> Tensor:
     u = u.permute(0, 2, 3, 1) if last else u
     xs = statescan.cross_scan(u, "cross2d" if cross else along, channel_last=last,
                               out_channel_last=False)  # fmt: skip
-    ys = statescan.selective_scan(**_scan_operands(operands, xs), delta_softplus=True)
-    ys = ys.unflatten(1, (along.count, -1))
+    ys = scan(_scan_operands(operands, xs)).unflatten(1, (along.count, -1))
     y = statescan.cross_merge(ys, H, W, "cross2d" if cross else along)
     return y.reshape(x["u"].shape)
 
@@ -249,6 +249,9 @@ OP = Op(
     peers=(
         Peer("three steps", three_steps, "our cross_scan, selective_scan and cross_merge", arrays=0,
              quick=True),
+        Peer("three steps, mamba-ssm", partial(three_steps, scan=selective_scan.mamba_ssm),
+             "the same with mamba-ssm's selective_scan_cuda in the middle",
+             missing=peers.gpu_package("mamba_ssm"), arrays=0),
         Peer("VMamba's torch path", torch_fallback, "flips and a loop over time in plain torch",
              missing=_cross_only, arrays=6),
         Peer("naive reference", naive, "statescan.reference, loops over routes and time",
