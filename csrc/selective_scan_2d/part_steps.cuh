@@ -1,0 +1,197 @@
+// The steps of a part as a lane walks them, 8 at a time; see parts.cuh.
+#pragma once
+
+#include "common/scalar.cuh"
+#include "selective_scan/equations.h"
+#include "selective_scan_2d/parts.cuh"
+
+namespace statescan::selective_scan_2d::cuda {
+
+using Numbers = float[kSome];  // of neighbouring steps
+
+// Of a row, the same for all lanes.
+__device__ __forceinline__ void load_numbers(float* row, Numbers& x) {
+#pragma unroll
+  for (int i = 0; i < kSome; i += 4) {
+    const auto v = several<4>(row[i]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[i + j] = v.x[j];
+  }
+}
+
+// kSome steps.
+struct Some {
+  int place[kSome];
+  bool holes;       // there are steps of no token
+  unsigned starts;  // bits of the steps before which the state starts anew
+};
+__device__ __forceinline__ Some some_at(const Inputs& p, const PartMemory& memory, int64_t begin,
+                                        int t) {
+  Some s;
+  int least = 0;
+#pragma unroll
+  for (int i = 0; i < kSome; i += 4) {
+    const auto v = several<4>(memory.place[t + i]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      s.place[i + j] = v.x[j];
+      least = least < v.x[j] ? least : v.x[j];
+    }
+  }
+  s.holes = least < 0;
+  s.starts = 0;
+  if (p.reset_period > 0) {
+    for (int j = 0; j < kSome && begin + t + j < p.steps; ++j) {
+      s.starts |= unsigned(p.resets_at(begin + t + j)) << j;
+    }
+  }
+  return s;
+}
+
+// A lane's numbers of a plane: 0 at steps of no token.
+__device__ __forceinline__ void load_tokens(const float* column, const Some& s, Numbers& x) {
+#pragma unroll
+  for (int j = 0; j < kSome; ++j) x[j] = s.place[j] >= 0 ? column[int64_t(s.place[j]) * kLanes] : 0;
+}
+
+// column += scale x, in the order of the steps. `sum`: what load_tokens found, where no token comes
+// twice.
+__device__ __forceinline__ void add_tokens(float* column, const Some& s, bool repeats, float scale,
+                                           const Numbers& sum, const Numbers& x) {
+#pragma unroll
+  for (int j = 0; j < kSome; ++j) {
+    if (s.place[j] < 0) continue;
+    float& to = column[int64_t(s.place[j]) * kLanes];
+    to = (repeats ? to : sum[j]) + scale * x[j];
+  }
+}
+
+// delta of the lane's channel as it is given whole.
+__device__ __forceinline__ void load_delta(const Inputs& p, const PartTask& task, int64_t t,
+                                           Numbers& x) {
+  const View<4>& v = p.delta;
+  const int64_t row = p.delta_repeat > 1 ? task.channel / p.delta_repeat : task.channel;
+  const int64_t first =
+      task.b * v.stride[0] + task.route * v.stride[1] + row * v.stride[2] + t * v.stride[3];
+  with_device_type(v.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(T) <= 4) {
+      const T* from = static_cast<const T*>(v.data) + first;
+      constexpr int kPack = kPackSize<T>;
+      if (v.stride[3] == 1 && t + kSome <= p.steps && is_aligned(from, v.stride[2], kPack)) {
+#pragma unroll
+        for (int i = 0; i < kSome; i += kPack) {
+          float pack[kPack];
+          Pack<T, kPack>::load(from + i).unpack(pack);
+#pragma unroll
+          for (int j = 0; j < kPack; ++j) x[i + j] = pack[j];
+        }
+        return;
+      }
+#pragma unroll
+      for (int j = 0; j < kSome; ++j) {
+        x[j] = t + j < p.steps ? to_number(from[j * v.stride[3]]) : 0.0f;
+      }
+    }
+  });
+}
+
+// A lane's channel in a part. Its numbers: A (state), scaled, and from `dt_weight` on dt_weight (rank).
+struct PartWalk {
+  const Inputs& p;
+  const PartTask& task;
+  int64_t dt_weight;
+  const PartMemory memory{p};
+  const Parameters<float> k{p, task.route, task.channel};
+
+  __device__ __forceinline__ void load_parameters() const {
+    load_own(p.A, p.state, float(kLog2e), 0);
+    load_own(p.dt_weight, p.rank, 1.0f, dt_weight);
+  }
+  __device__ __forceinline__ void load_own(const View<3>& x, int64_t count, float scale,
+                                           int64_t first) const {
+#pragma unroll 4
+    for (int64_t i = 0; i < count; ++i) {
+      memory(first + i) =
+          scale * load_element<float>(
+                      x.data, x.dtype,
+                      task.route * x.stride[0] + task.channel * x.stride[1] + i * x.stride[2]);
+    }
+  }
+  __device__ __forceinline__ void fill(int64_t first, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) memory(first + i) = 0;
+  }
+  // The state that enters a part, or leaves the walk of one: (state, dim) from `states` on.
+  __device__ __forceinline__ void load_states(const float* states, int64_t first) const {
+#pragma unroll 4
+    for (int64_t n = 0; n < p.state; ++n) memory(first + n) = task.there ? states[n * p.dim] : 0;
+  }
+  __device__ __forceinline__ void store_states(float* states, int64_t first) const {
+    for (int64_t n = 0; n < p.state && task.there; ++n) states[n * p.dim] = memory(first + n);
+  }
+};
+
+// delta with its bias, of steps from `t` of the part on; 0 at those past the end.
+__device__ __forceinline__ void find_delta(const PartWalk& w, int64_t begin, int t,
+                                           Numbers& delta) {
+  if (w.p.rank == 0) {
+    load_delta(w.p, w.task, begin + t, delta);
+#pragma unroll
+    for (int j = 0; j < kSome; ++j) delta[j] += w.k.bias;
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kSome; ++j) delta[j] = w.k.bias;
+  float* row = w.memory.row + t;
+#pragma unroll 2
+  for (int r = 0; r < int(w.p.rank); ++r, row += kPartSteps) {
+    Numbers dt;
+    load_numbers(row, dt);
+    const float weight = w.memory(w.dt_weight + r);
+#pragma unroll
+    for (int j = 0; j < kSome; ++j) delta[j] += weight * dt[j];
+  }
+}
+// delta becomes step sizes: none of steps to skip.
+__device__ __forceinline__ void find_step_sizes(const Inputs& p, const Some& s, Numbers& delta) {
+  if (p.delta_softplus) {
+#pragma unroll
+    for (int j = 0; j < kSome; ++j) delta[j] = softplus(delta[j]);
+  }
+  if (s.holes) {
+#pragma unroll
+    for (int j = 0; j < kSome; ++j) delta[j] = s.place[j] == kSkip ? 0 : delta[j];
+  }
+}
+
+// Calls f(tag): whether it matters that the state starts anew. Most steps need not ask.
+template <class F>
+__device__ __forceinline__ void with_starts(bool starts, F&& f) {
+  starts ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// What some steps make of all states, from those in the thread's numbers from `from` on to those from
+// `to` on; and of y if its outputs are wanted.
+template <bool kOutputs, bool kStarts>
+__device__ __forceinline__ void walk_states(const PartWalk& w, const Some& s, int t, int64_t from,
+                                            int64_t to, const Numbers& delta,
+                                            const Numbers& delta_u, Numbers& y) {
+  float *B_row = w.memory.B(w.p) + t, *C_row = w.memory.C(w.p) + t;
+#pragma unroll 1
+  for (int n = 0; n < int(w.p.state); ++n, B_row += kPartSteps, C_row += kPartSteps) {
+    const float A = w.memory(n);
+    float h = w.memory(from + n);
+    Numbers B, C;
+    load_numbers(B_row, B);
+    if (kOutputs) load_numbers(C_row, C);
+#pragma unroll
+    for (int j = 0; j < kSome; ++j) {
+      if (kStarts && s.starts >> j & 1) h = 0;
+      h = selective_scan::next_state(decay(delta[j], A), h, delta_u[j], B[j]);
+      if (kOutputs) y[j] += C[j] * h;
+    }
+    w.memory(to + n) = h;
+  }
+}
+
+}  // namespace statescan::selective_scan_2d::cuda
