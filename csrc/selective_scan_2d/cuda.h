@@ -49,6 +49,7 @@ struct Parts {
   int at_once;     // routes at the same time, each with planes of its own to add to
   int64_t shared_bytes;
   int64_t plane_elements;  // of one kind, of all batch elements and groups
+  int line_bytes;          // of a token in a plane
 
   float *u, *dy;  // (batch, route or 1, group) planes
   float *y, *du;  // (batch, at_once, group) planes, which begin as zeros; backward: y with a gate

@@ -19,49 +19,62 @@ __device__ __forceinline__ void load_numbers(float* row, Numbers& x) {
   }
 }
 
-// kSome steps.
-struct Some {
-  int place[kSome];
-  bool holes;       // there are steps of no token
-  unsigned starts;  // bits of the steps before which the state starts anew
+// Where kSome steps are; whether any is of no token.
+struct Places {
+  int at[kSome];
+  bool holes;
+
+  __device__ __forceinline__ Places(const PartMemory& memory, int t) {
+    int least = 0;
+#pragma unroll
+    for (int i = 0; i < kSome; i += 4) {
+      const auto v = several<4>(memory.place[t + i]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        at[i + j] = v.x[j];
+        least = least < v.x[j] ? least : v.x[j];
+      }
+    }
+    holes = least < 0;
+  }
 };
-__device__ __forceinline__ Some some_at(const Inputs& p, const PartMemory& memory, int64_t begin,
-                                        int t) {
-  Some s;
-  int least = 0;
-#pragma unroll
-  for (int i = 0; i < kSome; i += 4) {
-    const auto v = several<4>(memory.place[t + i]);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      s.place[i + j] = v.x[j];
-      least = least < v.x[j] ? least : v.x[j];
-    }
-  }
-  s.holes = least < 0;
-  s.starts = 0;
+// Bits of the steps from `first` on before which the state starts anew.
+__device__ __forceinline__ unsigned find_starts(const Inputs& p, int64_t first) {
+  unsigned starts = 0;
   if (p.reset_period > 0) {
-    for (int j = 0; j < kSome && begin + t + j < p.steps; ++j) {
-      s.starts |= unsigned(p.resets_at(begin + t + j)) << j;
+#pragma unroll 1
+    for (int j = 0; j < kSome && first + j < p.steps; ++j) {
+      starts |= unsigned(p.resets_at(first + j)) << j;
     }
   }
-  return s;
+  return starts;
 }
 
+// A lane's number of a token. As the line is no constant, one multiply-add finds it.
+template <class T>
+__device__ __forceinline__ T& at_token(const Inputs& p, T* column, int place) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return *reinterpret_cast<T*>(reinterpret_cast<Byte*>(column) +
+                               uint64_t(uint32_t(place)) * uint32_t(p.parts.line_bytes));
+}
 // A lane's numbers of a plane: 0 at steps of no token.
-__device__ __forceinline__ void load_tokens(const float* column, const Some& s, Numbers& x) {
+__device__ __forceinline__ void load_tokens(const Inputs& p, const float* column,
+                                            const Places& place, Numbers& x) {
 #pragma unroll
-  for (int j = 0; j < kSome; ++j) x[j] = s.place[j] >= 0 ? column[int64_t(s.place[j]) * kLanes] : 0;
+  for (int j = 0; j < kSome; ++j) {
+    x[j] = place.at[j] >= 0 ? at_token(p, column, place.at[j]) : 0.0f;
+  }
 }
 
 // column += scale x, in the order of the steps. `sum`: what load_tokens found, where no token comes
 // twice.
-__device__ __forceinline__ void add_tokens(float* column, const Some& s, bool repeats, float scale,
-                                           const Numbers& sum, const Numbers& x) {
+__device__ __forceinline__ void add_tokens(const Inputs& p, float* column, const Places& place,
+                                           bool repeats, float scale, const Numbers& sum,
+                                           const Numbers& x) {
 #pragma unroll
   for (int j = 0; j < kSome; ++j) {
-    if (s.place[j] < 0) continue;
-    float& to = column[int64_t(s.place[j]) * kLanes];
+    if (place.at[j] < 0) continue;
+    float& to = at_token(p, column, place.at[j]);
     to = (repeats ? to : sum[j]) + scale * x[j];
   }
 }
@@ -153,14 +166,15 @@ __device__ __forceinline__ void find_delta(const PartWalk& w, int64_t begin, int
   }
 }
 // delta becomes step sizes: none of steps to skip.
-__device__ __forceinline__ void find_step_sizes(const Inputs& p, const Some& s, Numbers& delta) {
+__device__ __forceinline__ void find_step_sizes(const Inputs& p, const Places& place,
+                                                Numbers& delta) {
   if (p.delta_softplus) {
 #pragma unroll
     for (int j = 0; j < kSome; ++j) delta[j] = softplus(delta[j]);
   }
-  if (s.holes) {
+  if (place.holes) {
 #pragma unroll
-    for (int j = 0; j < kSome; ++j) delta[j] = s.place[j] == kSkip ? 0 : delta[j];
+    for (int j = 0; j < kSome; ++j) delta[j] = place.at[j] == kSkip ? 0 : delta[j];
   }
 }
 
@@ -173,7 +187,7 @@ __device__ __forceinline__ void with_starts(bool starts, F&& f) {
 // What some steps make of all states, from those in the thread's numbers from `from` on to those from
 // `to` on; and of y if its outputs are wanted.
 template <bool kOutputs, bool kStarts>
-__device__ __forceinline__ void walk_states(const PartWalk& w, const Some& s, int t, int64_t from,
+__device__ __forceinline__ void walk_states(const PartWalk& w, unsigned starts, int t, int64_t from,
                                             int64_t to, const Numbers& delta,
                                             const Numbers& delta_u, Numbers& y) {
   float *B_row = w.memory.B(w.p) + t, *C_row = w.memory.C(w.p) + t;
@@ -186,7 +200,7 @@ __device__ __forceinline__ void walk_states(const PartWalk& w, const Some& s, in
     if (kOutputs) load_numbers(C_row, C);
 #pragma unroll
     for (int j = 0; j < kSome; ++j) {
-      if (kStarts && s.starts >> j & 1) h = 0;
+      if (kStarts && starts >> j & 1) h = 0;
       h = selective_scan::next_state(decay(delta[j], A), h, delta_u[j], B[j]);
       if (kOutputs) y[j] += C[j] * h;
     }

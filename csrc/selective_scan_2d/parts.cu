@@ -321,12 +321,13 @@ Parts plan_parts(const Problem& p, bool backward, const Plan& whole, int64_t sha
     parts.shared_bytes = part_memory_bytes(p, numbers, parts.warps);
     return parts.shared_bytes <= shared_limit;
   };
-  int most = kGroups;
+  int most = backward ? kBwdGroups : kFwdGroups;
   while (!deal(most)) {
     if (--most == 0) return Parts{};
   }
   parts.count = (p.steps + kPartSteps - 1) / kPartSteps;
   parts.plane_elements = p.batch * parts.groups * kLanes * p.tokens;
+  parts.line_bytes = 4 * kLanes;
   // Planes of several routes while they stay in second-level cache.
   const int64_t planes = backward && p.z ? 2 : 1;
   const int64_t at_once = (int64_t(16) << 20) / (4 * planes * parts.plane_elements);

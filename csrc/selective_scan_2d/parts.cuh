@@ -7,7 +7,7 @@
 //   walk:   from there, reads planes of u and adds to planes of y            all parts at once
 //   planes of y --gate--> map
 //
-//   block:  a part of a route, and at most 8 groups of 32 channels
+//   block:  a part of a route, and at most 8 groups of 32 channels (backward: 4)
 //   warp:   a group: its 32 channels of a token are neighbours, so any route reads whole lines
 //   lane:   a channel, one step after the other, 8 of them in registers
 //
@@ -25,11 +25,11 @@
 
 namespace statescan::selective_scan_2d::cuda {
 
-inline constexpr int kLanes = 32;      // channels of a group
-inline constexpr int kGroups = 8;      // of a block, at most
-inline constexpr int kPartSteps = 64;  // every tile ends with a part
-inline constexpr int kSome = 8;        // steps of a lane in registers
-inline constexpr int kPartThreads = kLanes * kGroups;
+inline constexpr int kLanes = 32;                     // channels of a group
+inline constexpr int kFwdGroups = 8, kBwdGroups = 4;  // of a block, at most
+inline constexpr int kPartSteps = 64;                 // every tile ends with a part
+inline constexpr int kSome = 8;                       // steps of a lane in registers
+inline constexpr int kFwdPartThreads = kLanes * kFwdGroups, kBwdPartThreads = kLanes * kBwdGroups;
 
 // How tasks are numbered: groups of channels first, then parts, routes, batch elements.
 struct Deal {

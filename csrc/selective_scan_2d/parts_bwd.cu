@@ -45,8 +45,8 @@ struct After {
 
 // The share of some steps in the end of h, and dh before them from dh after them.
 template <bool kStarts>
-__device__ __forceinline__ void end_states(const PartWalk& w, const Ends& at, const Some& s, int t,
-                                           const After& after, const Numbers& delta,
+__device__ __forceinline__ void end_states(const PartWalk& w, const Ends& at, unsigned starts,
+                                           int t, const After& after, const Numbers& delta,
                                            const Numbers& delta_u, const Numbers& dy) {
   float *B_row = w.memory.B(w.p) + t, *C_row = w.memory.C(w.p) + t;
 #pragma unroll 1
@@ -63,7 +63,7 @@ __device__ __forceinline__ void end_states(const PartWalk& w, const Ends& at, co
       if (!kStarts || through) h += product * (delta_u[j] * B[j]);
       product *= a;
       dh = a * (dh + C[j] * dy[j]);
-      if (kStarts && s.starts >> j & 1) through = false, dh = 0;
+      if (kStarts && starts >> j & 1) through = false, dh = 0;
     }
     w.memory(at.h + n) = h, w.memory(at.dh + n) = dh;
   }
@@ -78,8 +78,9 @@ __device__ __forceinline__ void for_steps_back(const Inputs& p, int64_t begin, F
   for (int t = (count - 1) / kSome * kSome; t >= 0; t -= kSome) f(t);
 }
 
-__global__ __launch_bounds__(kPartThreads) void ends_kernel(const __grid_constant__ BwdParams p,
-                                                            const Deal deal) {
+__global__ __launch_bounds__(kBwdPartThreads,
+                             6) void ends_kernel(const __grid_constant__ BwdParams p,
+                                                 const Deal deal) {
   for (int64_t i = blockIdx.x; i < deal.tasks; i += gridDim.x) {
     const PartTask task = part_task(p, deal, i);
     const PartWalk w{p, task, Ends::dt_weight(p)};
@@ -92,20 +93,21 @@ __global__ __launch_bounds__(kPartThreads) void ends_kernel(const __grid_constan
     const float *u = u_column(p, task), *dy = dy_column(p, task);
     After after;
     for_steps_back(p, begin, [&](int t) {
-      const Some s = some_at(p, w.memory, begin, t);
+      const Places place(w.memory, t);
+      const unsigned starts = find_starts(p, begin + t);
       Numbers delta, delta_u, dy_t;
-      load_tokens(u, s, delta_u);
-      load_tokens(dy, s, dy_t);
+      load_tokens(p, u, place, delta_u);
+      load_tokens(p, dy, place, dy_t);
       find_delta(w, begin, t, delta);
-      find_step_sizes(p, s, delta);
+      find_step_sizes(p, place, delta);
 #pragma unroll
       for (int j = 0; j < kSome; ++j) delta_u[j] *= delta[j], dy_t[j] *= w.k.weight;
-      with_starts(after.starts || s.starts != 0, [&](auto starts) {
-        end_states<decltype(starts)::value>(w, at, s, t, after, delta, delta_u, dy_t);
+      with_starts(after.starts || starts != 0, [&](auto any) {
+        end_states<decltype(any)::value>(w, at, starts, t, after, delta, delta_u, dy_t);
       });
 #pragma unroll
       for (int j = 0; j < kSome; ++j) after.step_sum += delta[j];
-      after.starts |= s.starts != 0;
+      after.starts |= starts != 0;
     });
     w.store_states(p.parts.h + state_at(p, task, task.part), at.h);
     w.store_states(p.parts.dh + state_at(p, task, task.part), at.dh);
@@ -143,7 +145,7 @@ __device__ __forceinline__ void store_projections(const BwdParams& p, const Part
 // All states along some steps from h before them, and back from dh after them.
 template <bool kStarts>
 __device__ __forceinline__ void walk_states_back(const BwdParams& p, const PartWalk& w,
-                                                 const Walked& at, const Some& s, int64_t begin,
+                                                 const Walked& at, unsigned starts, int64_t begin,
                                                  int t, bool with_y, Steps& x) {
   float *B_row = w.memory.B(p) + t, *C_row = w.memory.C(p) + t;
   const int64_t before = at.h + t / kSome * p.state;
@@ -155,7 +157,7 @@ __device__ __forceinline__ void walk_states_back(const BwdParams& p, const PartW
     load_numbers(C_row, C);
 #pragma unroll
     for (int j = 0; j < kSome; ++j) {
-      const bool anew = kStarts && s.starts >> j & 1;
+      const bool anew = kStarts && starts >> j & 1;
       const float h_prev = anew ? 0 : j == 0 ? first : h[j == 0 ? 0 : j - 1];
       a[j] = decay(x.delta[j], A);
       h[j] = selective_scan::next_state(a[j], h_prev, x.delta[j] * x.u[j], B[j]);
@@ -167,7 +169,7 @@ __device__ __forceinline__ void walk_states_back(const BwdParams& p, const PartW
     float dh = w.memory(at.dh + n), dA = 0;
 #pragma unroll
     for (int j = kSome - 1; j >= 0; --j) {
-      const bool anew = kStarts && s.starts >> j & 1;
+      const bool anew = kStarts && starts >> j & 1;
       const float h_prev = anew ? 0 : j == 0 ? first : h[j == 0 ? 0 : j - 1];
       step_vjp(a[j], h_prev, h[j], x.delta[j], x.delta[j] * x.u[j], A, B[j], C[j], x.dy[j], dh, dA,
                dB[j], dC[j], x.d_delta[j], x.d_delta_u[j]);
@@ -226,51 +228,54 @@ __device__ __forceinline__ void store_ddt(const BwdParams& p, const PartWalk& w,
 }
 
 // Step sizes; u and dy of the steps are there.
-__device__ __forceinline__ void begin_steps(const PartWalk& w, const Some& s, int64_t begin, int t,
-                                            Numbers& slope, Steps& x) {
+__device__ __forceinline__ void begin_steps(const PartWalk& w, const Places& place, int64_t begin,
+                                            int t, Steps& x) {
   find_delta(w, begin, t, x.delta);
+  find_step_sizes(w.p, place, x.delta);
 #pragma unroll
   for (int j = 0; j < kSome; ++j) {
-    slope[j] = 1;
     x.dy[j] *= w.k.weight;
     x.d_delta[j] = x.d_delta_u[j] = 0;
     x.y[j] = w.k.D * x.u[j];
   }
-  if (w.p.delta_softplus) {
-#pragma unroll
-    for (int j = 0; j < kSome; ++j) slope[j] = sigmoid(x.delta[j]);
-  }
-  if (s.holes) {
-#pragma unroll
-    for (int j = 0; j < kSome; ++j) slope[j] = s.place[j] == kSkip ? 0 : slope[j];
-  }
-  find_step_sizes(w.p, s, x.delta);
+}
+
+// The slope of softplus where it is delta: 1 - e^-delta.
+__device__ __forceinline__ float slope_at(float delta) {
+  if (delta > 0.25f) return 1 - exp2(delta * -float(kLog2e));
+  float p = std::fma(delta, -1.0f / 720, 1.0f / 120);
+  p = std::fma(delta, p, -1.0f / 24);
+  p = std::fma(delta, p, 1.0f / 6);
+  p = std::fma(delta, p, -0.5f);
+  return std::fma(delta, p * delta, delta);
 }
 
 // After the last state: delta becomes ddelta.
-__device__ __forceinline__ void end_steps(const BwdParams& p, const PartWalk& w, const Some& s,
-                                          bool repeats, const Numbers& slope, Steps& x,
-                                          Sums& sums) {
+__device__ __forceinline__ void end_steps(const BwdParams& p, const PartWalk& w, int t,
+                                          bool repeats, Steps& x, Sums& sums) {
+  const Places place(w.memory, t);  // again, rather than kept while states are walked
   Numbers du, before;
   float* to = sum_column(p, p.parts.du, w.task);
-  if (!repeats) load_tokens(to, s, before);
+  if (!repeats) load_tokens(p, to, place, before);
 #pragma unroll
   for (int j = 0; j < kSome; ++j) {
+    const bool skipped = place.at[j] == kSkip;
+    const float slope = p.delta_softplus ? slope_at(x.delta[j]) : 1.0f;
     du[j] = w.k.D * x.dy[j] + x.delta[j] * x.d_delta_u[j];
-    x.delta[j] = (x.d_delta[j] * float(kLn2) + x.u[j] * x.d_delta_u[j]) * slope[j];
+    x.delta[j] = skipped ? 0 : (x.d_delta[j] * float(kLn2) + x.u[j] * x.d_delta_u[j]) * slope;
     sums.dD += x.dy[j] * x.u[j];
     sums.dbias += x.delta[j];
   }
-  add_tokens(to, s, repeats, 1.0f, before, du);
+  add_tokens(p, to, place, repeats, 1.0f, before, du);
   if (p.weights) {
-    load_tokens(dy_column(p, w.task), s, before);
+    load_tokens(p, dy_column(p, w.task), place, before);
 #pragma unroll
     for (int j = 0; j < kSome; ++j) sums.dweight += x.y[j] * before[j];
   }
   if (!p.z) return;
   to = sum_column(p, p.parts.y, w.task);
-  if (!repeats) load_tokens(to, s, before);
-  add_tokens(to, s, repeats, w.k.weight, before, x.y);
+  if (!repeats) load_tokens(p, to, place, before);
+  add_tokens(p, to, place, repeats, w.k.weight, before, x.y);
 }
 
 // h before every some steps of a part, from that before the first.
@@ -279,15 +284,17 @@ __device__ __forceinline__ void keep_states(const PartWalk& w, const Walked& at,
   int64_t h = at.h;
 #pragma unroll 1
   for (int t = 0; t + kSome < kPartSteps && begin + t + kSome < w.p.steps; t += kSome) {
-    const Some s = some_at(w.p, w.memory, begin, t);
+    const Places place(w.memory, t);
+    const unsigned starts = find_starts(w.p, begin + t);
     Numbers delta, delta_u, none;
-    load_tokens(u, s, delta_u);
+    load_tokens(w.p, u, place, delta_u);
     find_delta(w, begin, t, delta);
-    find_step_sizes(w.p, s, delta);
+    find_step_sizes(w.p, place, delta);
 #pragma unroll
     for (int j = 0; j < kSome; ++j) delta_u[j] *= delta[j];
-    with_starts(s.starts != 0, [&](auto starts) {
-      walk_states<false, decltype(starts)::value>(w, s, t, h, h + w.p.state, delta, delta_u, none);
+    with_starts(starts != 0, [&](auto any) {
+      walk_states<false, decltype(any)::value>(w, starts, t, h, h + w.p.state, delta, delta_u,
+                                               none);
     });
     h += w.p.state;
   }
@@ -304,16 +311,18 @@ __device__ __forceinline__ void walk_part(const BwdParams& p, const PartWalk& w,
   keep_states(w, at, begin);
   Sums sums;
   for_steps_back(p, begin, [&](int t) {
-    const Some s = some_at(p, w.memory, begin, t);
+    const unsigned starts = find_starts(p, begin + t);
     Steps x;
-    Numbers slope;
-    load_tokens(u_column(p, task), s, x.u);
-    load_tokens(dy_column(p, task), s, x.dy);
-    begin_steps(w, s, begin, t, slope, x);
-    with_starts(s.starts != 0, [&](auto starts) {
-      walk_states_back<decltype(starts)::value>(p, w, at, s, begin, t, p.z || p.weights, x);
+    {
+      const Places place(w.memory, t);
+      load_tokens(p, u_column(p, task), place, x.u);
+      load_tokens(p, dy_column(p, task), place, x.dy);
+      begin_steps(w, place, begin, t, x);
+    }
+    with_starts(starts != 0, [&](auto any) {
+      walk_states_back<decltype(any)::value>(p, w, at, starts, begin, t, p.z || p.weights, x);
     });
-    end_steps(p, w, s, repeats, slope, x, sums);
+    end_steps(p, w, t, repeats, x, sums);
     p.rank == 0 ? store_ddelta(p, task, begin + t, x.delta)
                 : store_ddt(p, w, at, begin, t, x.delta);
   });
@@ -332,8 +341,9 @@ __device__ __forceinline__ void walk_part(const BwdParams& p, const PartWalk& w,
   if (p.weights) static_cast<float*>(p.dweights)[row] = sums.dweight;
 }
 
-__global__ __launch_bounds__(kPartThreads) void walk_kernel(const __grid_constant__ BwdParams p,
-                                                            const Deal deal) {
+__global__ __launch_bounds__(kBwdPartThreads,
+                             3) void walk_kernel(const __grid_constant__ BwdParams p,
+                                                 const Deal deal) {
   for (int64_t i = blockIdx.x; i < deal.tasks; i += gridDim.x) {
     const PartTask task = part_task(p, deal, i);
     const bool repeats = has_repeats(p, task);

@@ -16,27 +16,28 @@ __device__ __forceinline__ void walk_part(const PartWalk& w, int64_t begin, cons
   const int64_t h = w.p.state;
 #pragma unroll 1
   for (int t = 0; t < kPartSteps && begin + t < w.p.steps; t += kSome) {
-    const Some s = some_at(w.p, w.memory, begin, t);
+    const Places place(w.memory, t);
+    const unsigned starts = find_starts(w.p, begin + t);
     Numbers delta, delta_u, y, before;
-    load_tokens(u_column, s, delta_u);
-    if (kOutputs && !repeats) load_tokens(y_column, s, before);
+    load_tokens(w.p, u_column, place, delta_u);
+    if (kOutputs && !repeats) load_tokens(w.p, y_column, place, before);
     find_delta(w, begin, t, delta);
-    find_step_sizes(w.p, s, delta);
+    find_step_sizes(w.p, place, delta);
 #pragma unroll
     for (int j = 0; j < kSome; ++j) {
       y[j] = w.k.D * delta_u[j];
       delta_u[j] *= delta[j];
       if (!kOutputs) step_sum += delta[j];
     }
-    with_starts(s.starts != 0, [&](auto starts) {
-      walk_states<kOutputs, decltype(starts)::value>(w, s, t, h, h, delta, delta_u, y);
+    with_starts(starts != 0, [&](auto any) {
+      walk_states<kOutputs, decltype(any)::value>(w, starts, t, h, h, delta, delta_u, y);
     });
-    if (kOutputs) add_tokens(y_column, s, repeats, w.k.weight, before, y);
+    if (kOutputs) add_tokens(w.p, y_column, place, repeats, w.k.weight, before, y);
   }
 }
 
-__global__ __launch_bounds__(kPartThreads) void ends_kernel(const __grid_constant__ FwdParams p,
-                                                            const Deal deal) {
+__global__ __launch_bounds__(kFwdPartThreads) void ends_kernel(const __grid_constant__ FwdParams p,
+                                                               const Deal deal) {
   for (int64_t i = blockIdx.x; i < deal.tasks; i += gridDim.x) {
     const PartTask task = part_task(p, deal, i);
     const PartWalk w{p, task, 2 * p.state};
@@ -52,8 +53,9 @@ __global__ __launch_bounds__(kPartThreads) void ends_kernel(const __grid_constan
   }
 }
 
-__global__ __launch_bounds__(kPartThreads) void walk_kernel(const __grid_constant__ FwdParams p,
-                                                            const Deal deal) {
+__global__ __launch_bounds__(kFwdPartThreads,
+                             3) void walk_kernel(const __grid_constant__ FwdParams p,
+                                                 const Deal deal) {
   for (int64_t i = blockIdx.x; i < deal.tasks; i += gridDim.x) {
     const PartTask task = part_task(p, deal, i);
     const bool repeats = has_repeats(p, task);
