@@ -30,27 +30,24 @@ using Memory = std::vector<Tensor>;
 // Of routes that are walked in parts.
 Memory prepare_parts(const RoutedOperands& x, bool backward, cudaStream_t stream, cuda::Inputs& p) {
   Memory memory;
-  auto make = [&](auto*& data, bool wanted, Sizes sizes, bool clear, ScalarType dtype) {
+  auto floats = [&](float*& data, bool wanted, const Sizes& sizes) {
     if (!wanted) return;
-    memory.push_back(clear ? zeros(x.u, sizes, dtype) : empty(x.u, sizes, dtype));
-    data = static_cast<std::remove_reference_t<decltype(data)>>(memory.back().data_ptr());
-  };
-  auto floats = [&](float*& data, bool wanted, Sizes sizes, bool clear = false) {
-    make(data, wanted, sizes, clear, ScalarType::Float);
+    memory.push_back(empty(x.u, sizes, ScalarType::Float));
+    data = static_cast<float*>(memory.back().data_ptr());
   };
   cuda::Parts& parts = p.parts;
   const Sizes states{p.batch, p.routes, parts.count, p.state, p.dim};
   floats(parts.u, true, {p.u_per_route ? p.routes : 1, parts.plane_elements});
   floats(parts.dy, backward, {p.y_per_route ? p.routes : 1, parts.plane_elements});
-  floats(parts.y, !backward || p.z, {parts.at_once, parts.plane_elements}, true);
-  floats(parts.du, backward, {parts.at_once, parts.plane_elements}, true);
+  floats(parts.y, !backward || p.z, {parts.at_once, parts.plane_elements});
+  floats(parts.du, backward, {parts.at_once, parts.plane_elements});
   floats(parts.h, true, states);
   floats(parts.dh, backward, states);
   floats(parts.step_sums, true, {p.batch, p.routes, parts.count, p.dim});
-  int32_t* visits = nullptr;
-  make(parts.repeats, true, {p.tables(), p.routes}, true, ScalarType::Int);
-  make(visits, true, {p.tables(), p.routes, p.tokens}, true, ScalarType::Int);
-  cuda::find_repeats(p, visits, stream);
+  const int64_t tables = p.tables() * p.routes;
+  memory.push_back(zeros(x.u, {tables * (p.tokens + 1)}, ScalarType::Int));
+  parts.repeats = static_cast<int32_t*>(memory.back().data_ptr());
+  cuda::find_repeats(p, parts.repeats + tables, stream);
   return memory;
 }
 

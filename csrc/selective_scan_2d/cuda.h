@@ -102,7 +102,7 @@ Plan plan(const Problem& p, bool backward, const View<4>& dy, int64_t shared_lim
 // `whole`: what plan() says.
 Parts plan_parts(const Problem& p, bool backward, const Plan& whole, int64_t shared_limit);
 
-// Fills Parts::repeats. `visits` (batch or 1, route, token) and they are zeros.
+// Fills Parts::repeats, which are zeros as `visits` (batch or 1, route, token) are.
 void find_repeats(const Inputs& p, int32_t* visits, cudaStream_t stream);
 
 // Fills Inputs::place and flags. Entries of the table that are no tokens become ghosts (but -2 a

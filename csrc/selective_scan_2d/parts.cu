@@ -9,6 +9,7 @@ namespace statescan::selective_scan_2d::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kPlaneBytes = 16 << 20;  // so much stays in second-level cache
 
 // Thread: a step of a route. Whoever comes to a token second says so.
 __global__ __launch_bounds__(kThreads) void repeats_kernel(const Inputs p, Divisor steps,
@@ -91,7 +92,7 @@ __device__ __forceinline__ void meet_map(const Inputs& p, const View<4>& x, cons
 // Block: a square.
 __global__ __launch_bounds__(kThreads) void into_kernel(const Inputs p, const View<4> x,
                                                         const View<3> gate, float* planes,
-                                                        Squares squares) {
+                                                        float* cleared, Squares squares) {
   Square& square = block_shared<Square>();
   for (int64_t i = blockIdx.x; i < squares.tasks; i += gridDim.x) {
     const SquareTask task(squares, i);
@@ -111,6 +112,12 @@ __global__ __launch_bounds__(kThreads) void into_kernel(const Inputs p, const Vi
     SquareTask::for_rows([&](int t, int lane) {
       if (task.token + t < p.tokens) to[(task.token + t) * kLanes] = square.at(lane, t);
     });
+    for (int64_t slot = task.route; slot < p.parts.at_once && cleared != nullptr; slot += routes) {
+      to = column_of(p, cleared, task.b, p.parts.at_once, slot, task.group);
+      SquareTask::for_rows([&](int t, int) {
+        if (task.token + t < p.tokens) to[(task.token + t) * kLanes] = 0;
+      });
+    }
   }
 }
 
@@ -314,6 +321,10 @@ Parts plan_parts(const Problem& p, bool backward, const Plan& whole, int64_t sha
   if (!large && !idle) return parts;
 
   parts.groups = (p.dim + kLanes - 1) / kLanes;
+  parts.plane_elements = p.batch * parts.groups * kLanes * p.tokens;
+  parts.line_bytes = 4 * kLanes;
+  const int64_t in_cache = kPlaneBytes / (4 * parts.plane_elements);
+  if (p.dim < 8 && in_cache == 0) return Parts{};  // memory for lanes without a channel
   const int64_t numbers = part_numbers(p, backward);
   auto deal = [&](int64_t most) {
     const int64_t blocks = (parts.groups + most - 1) / most;
@@ -326,12 +337,7 @@ Parts plan_parts(const Problem& p, bool backward, const Plan& whole, int64_t sha
     if (--most == 0) return Parts{};
   }
   parts.count = (p.steps + kPartSteps - 1) / kPartSteps;
-  parts.plane_elements = p.batch * parts.groups * kLanes * p.tokens;
-  parts.line_bytes = 4 * kLanes;
-  // Planes of several routes while they stay in second-level cache.
-  const int64_t planes = backward && p.z ? 2 : 1;
-  const int64_t at_once = (int64_t(16) << 20) / (4 * planes * parts.plane_elements);
-  parts.at_once = int(std::clamp<int64_t>(at_once, 1, p.routes));
+  parts.at_once = int(std::clamp<int64_t>(in_cache / (backward && p.z ? 2 : 1), 1, p.routes));
   if (backward ? p.u_per_route : p.y_per_route) parts.at_once = int(p.routes);
   return parts;
 }
@@ -343,10 +349,10 @@ void find_repeats(const Inputs& p, int32_t* visits, cudaStream_t stream) {
 }
 
 void into_planes(const Inputs& p, const View<4>& x, const View<3>& gate, int64_t routes,
-                 float* planes, cudaStream_t stream) {
+                 float* planes, float* cleared, cudaStream_t stream) {
   const Squares squares(p, routes);
   launch("selective_scan_2d into planes", into_kernel, blocks_for(squares.tasks, 1), kThreads, 0,
-         stream, p, x, gate, planes, squares);
+         stream, p, x, gate, planes, cleared, squares);
 }
 
 void from_planes(const Inputs& p, const float* planes, bool per_route, const View<4>& x,

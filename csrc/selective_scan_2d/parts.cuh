@@ -173,10 +173,11 @@ __device__ __forceinline__ void stage_part(const Inputs& p, const PartTask& task
 void carry_parts(const Inputs& p, bool backward, const View<4>& begin, const View<4>& end,
                  void* chunk_states, cudaStream_t stream);
 
-// Between maps and planes. Into: x, times silu(gate) if there is one. From: the sum over `slots`
+// Between maps and planes. Into: x, times silu(gate) if there is one; planes that are added to are
+// cleared. From: the sum over `slots`
 // planes in order, times silu(gate), or with `dout` times dout silu'(gate).
 void into_planes(const Inputs& p, const View<4>& x, const View<3>& gate, int64_t routes,
-                 float* planes, cudaStream_t stream);
+                 float* planes, float* cleared, cudaStream_t stream);
 void from_planes(const Inputs& p, const float* planes, bool per_route, const View<4>& x,
                  const View<3>& gate, const View<4>* dout, cudaStream_t stream);
 

@@ -186,19 +186,37 @@ __device__ __forceinline__ void store_ddelta(const BwdParams& p, const PartTask&
                                              const Numbers& ddelta) {
   if (!task.there) return;
   const View<4>& x = p.ddelta;
-  const int64_t first =
-      task.b * x.stride[0] + task.route * x.stride[1] + task.channel * x.stride[2];
+  const int64_t first = task.b * x.stride[0] + task.route * x.stride[1] +
+                        task.channel * x.stride[2] + t * x.stride[3];
+  if (p.delta_shared) {  // the routes add up, in their order
+    float* sum = static_cast<float*>(x.data) + first;
 #pragma unroll
-  for (int j = 0; j < kSome; ++j) {
-    if (t + j >= p.steps) continue;
-    const int64_t at = first + (t + j) * x.stride[3];
-    if (p.delta_shared) {  // the routes add up, in their order
-      float* sum = static_cast<float*>(x.data) + at;
-      *sum = task.route == 0 ? ddelta[j] : *sum + ddelta[j];
-    } else {
-      store_element(x.data, x.dtype, at, ddelta[j]);
+    for (int j = 0; j < kSome; ++j) {
+      if (t + j < p.steps) sum[j] = task.route == 0 ? ddelta[j] : sum[j] + ddelta[j];
     }
+    return;
   }
+  with_device_type(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(T) <= 4) {
+      T* to = static_cast<T*>(x.data) + first;
+      constexpr int kPack = kPackSize<T>;
+      if (x.stride[3] == 1 && t + kSome <= p.steps && is_aligned(to, x.stride[2], kPack)) {
+#pragma unroll
+        for (int i = 0; i < kSome; i += kPack) {
+          float pack[kPack];
+#pragma unroll
+          for (int j = 0; j < kPack; ++j) pack[j] = ddelta[i + j];
+          Pack<T, kPack>::of(pack).store(to + i);
+        }
+        return;
+      }
+#pragma unroll
+      for (int j = 0; j < kSome; ++j) {
+        if (t + j < p.steps) to[j * x.stride[3]] = from_number<T>(ddelta[j]);
+      }
+    }
+  });
 }
 
 // ddt, summed over the lanes, and the lane's ddt_weight.
@@ -363,8 +381,8 @@ __global__ __launch_bounds__(kBwdPartThreads,
 
 void bwd_in_parts(const BwdParams& p, cudaStream_t stream) {
   const int threads = p.parts.warps * kLanes;
-  into_planes(p, p.u, {}, p.u_per_route ? p.routes : 1, p.parts.u, stream);
-  into_planes(p, p.dy, p.z, p.y_per_route ? p.routes : 1, p.parts.dy, stream);
+  into_planes(p, p.u, {}, p.u_per_route ? p.routes : 1, p.parts.u, p.parts.du, stream);
+  into_planes(p, p.dy, p.z, p.y_per_route ? p.routes : 1, p.parts.dy, p.parts.y, stream);
   const Deal all(p, 0, p.routes);
   launch("selective_scan_2d ends back", ends_kernel, blocks_for(all.tasks, 1), threads,
          size_t(part_memory_bytes(p, Ends::dt_weight(p) + p.rank, p.parts.warps)), stream, p, all);

@@ -79,7 +79,7 @@ __global__ __launch_bounds__(kFwdPartThreads,
 void fwd_in_parts(const FwdParams& p, cudaStream_t stream) {
   const int threads = p.parts.warps * kLanes;
   const size_t shared_bytes = size_t(p.parts.shared_bytes);
-  into_planes(p, p.u, {}, p.u_per_route ? p.routes : 1, p.parts.u, stream);
+  into_planes(p, p.u, {}, p.u_per_route ? p.routes : 1, p.parts.u, p.parts.y, stream);
   const Deal all(p, 0, p.routes);
   launch("selective_scan_2d ends", ends_kernel, blocks_for(all.tasks, 1), threads, shared_bytes,
          stream, p, all);
