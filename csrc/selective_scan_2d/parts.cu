@@ -307,6 +307,20 @@ __global__ __launch_bounds__(kCarryThreads) void carry_kernel(const Inputs p, co
   }
 }
 
+// Are parts faster than routes as wholes with planes in shared memory? In cycles, by the instructions of
+// docs/selective_scan_2d.md on 132 multiprocessors.
+bool are_faster(const Problem& p, bool backward, const Plan& whole, int64_t groups) {
+  // A warp has a tile, and issues every third cycle: too few are there to hide its latencies.
+  const int64_t tile = backward ? 1220 + 540 * p.state : 480 + 113 * p.state;
+  const int64_t turns = (p.batch * whole.blocks + 131) / 132;
+  const int64_t wholes = turns * p.routes * p.chunks() * 3 * tile;
+  // A warp has a step of 32 channels, and 0.6 of all issue slots are used; launches come on top.
+  const int64_t step = backward ? 250 + 43 * p.state : 110 + 12 * p.state;
+  const int64_t warp_steps = p.batch * p.routes * p.steps * groups;
+  const int64_t launches = backward ? 50000 : 35000;
+  return launches + warp_steps * step * 10 / (6 * 4 * 132) < wholes;
+}
+
 }  // namespace
 
 Parts plan_parts(const Problem& p, bool backward, const Plan& whole, int64_t shared_limit) {
@@ -314,13 +328,8 @@ Parts plan_parts(const Problem& p, bool backward, const Plan& whole, int64_t sha
   if (p.compute != DType::kFloat32 || p.batch * p.dim * p.steps * p.tokens * p.state == 0) {
     return parts;
   }
-  // With three warps at work a multiprocessor idles, as does a GPU with half of its 132 at work; but
-  // few tiles one after the other take no longer than the launches here.
-  const bool large = !whole.on_chip || whole.channels < std::min<int64_t>(4, p.dim);
-  const bool idle = p.batch * whole.blocks <= 66 && p.routes * p.chunks() >= 24;
-  if (!large && !idle) return parts;
-
   parts.groups = (p.dim + kLanes - 1) / kLanes;
+  if (whole.on_chip && !are_faster(p, backward, whole, parts.groups)) return Parts{};
   parts.plane_elements = p.batch * parts.groups * kLanes * p.tokens;
   parts.line_bytes = 4 * kLanes;
   const int64_t in_cache = kPlaneBytes / (4 * parts.plane_elements);
