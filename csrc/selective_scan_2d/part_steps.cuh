@@ -117,6 +117,9 @@ struct PartWalk {
   const PartMemory memory{p};
   const Parameters<float> k{p, task.route, task.channel};
 
+  __device__ __forceinline__ int to_C() const { return int(p.state) * kPartSteps; }
+  __device__ __forceinline__ int numbers(int64_t first) const { return int(first * blockDim.x); }
+
   __device__ __forceinline__ void load_parameters() const {
     load_own(p.A, p.state, float(kLog2e), 0);
     load_own(p.dt_weight, p.rank, 1.0f, dt_weight);
@@ -184,28 +187,36 @@ __device__ __forceinline__ void with_starts(bool starts, F&& f) {
   starts ? f(std::true_type{}) : f(std::false_type{});
 }
 
+// Calls f(n, row, own) for all states: in row B of the steps from `t` on, C in row[to_C]; in own A of
+// the state, its other numbers in own[w.numbers(where they begin)].
+template <class F>
+__device__ __forceinline__ void for_states(const PartWalk& w, int t, F&& f) {
+  float *row = w.memory.B(w.p) + t, *own = &w.memory(0);
+#pragma unroll 1
+  for (int n = 0; n < int(w.p.state); ++n, row += kPartSteps, own += blockDim.x) f(n, row, own);
+}
+
 // What some steps make of all states, from those in the thread's numbers from `from` on to those from
 // `to` on; and of y if its outputs are wanted.
 template <bool kOutputs, bool kStarts>
 __device__ __forceinline__ void walk_states(const PartWalk& w, unsigned starts, int t, int64_t from,
                                             int64_t to, const Numbers& delta,
                                             const Numbers& delta_u, Numbers& y) {
-  float *B_row = w.memory.B(w.p) + t, *C_row = w.memory.C(w.p) + t;
-#pragma unroll 1
-  for (int n = 0; n < int(w.p.state); ++n, B_row += kPartSteps, C_row += kPartSteps) {
-    const float A = w.memory(n);
-    float h = w.memory(from + n);
+  const int to_C = w.to_C(), h_from = w.numbers(from), h_to = w.numbers(to);
+  for_states(w, t, [&](int, float* row, float* own) {
+    const float A = *own;
+    float h = own[h_from];
     Numbers B, C;
-    load_numbers(B_row, B);
-    if (kOutputs) load_numbers(C_row, C);
+    load_numbers(row, B);
+    if (kOutputs) load_numbers(row + to_C, C);
 #pragma unroll
     for (int j = 0; j < kSome; ++j) {
       if (kStarts && starts >> j & 1) h = 0;
       h = selective_scan::next_state(decay(delta[j], A), h, delta_u[j], B[j]);
       if (kOutputs) y[j] += C[j] * h;
     }
-    w.memory(to + n) = h;
-  }
+    own[h_to] = h;
+  });
 }
 
 }  // namespace statescan::selective_scan_2d::cuda

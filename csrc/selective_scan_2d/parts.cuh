@@ -132,19 +132,38 @@ constexpr int64_t part_memory_bytes(const Problem& p, int64_t numbers, int warps
 
 // row[i][t] = x[b, route, i, begin + t]; 0 at steps to skip, and with `no_ghosts` at all steps of no
 // token, whatever is there.
-__device__ __forceinline__ void stage_narrow(const View<4>& x, const PartTask& task, int64_t begin,
-                                             int count, bool no_ghosts, const int* place,
-                                             float* row) {
+__device__ __forceinline__ void stage_narrow(const Inputs& p, const View<4>& x,
+                                             const PartTask& task, int64_t begin, int count,
+                                             bool no_ghosts, int* place, float* row) {
   const int64_t first = task.b * x.stride[0] + task.route * x.stride[1] + begin * x.stride[3];
+  const int least = no_ghosts ? 0 : int(kGhost);  // place at which x is read
   with_device_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (sizeof(T) <= 4) {
+      constexpr int kPack = kPackSize<T>, kPacks = kPartSteps / kPack;
       const T* from = static_cast<const T*>(x.data) + first;
+      if (x.stride[3] == 1 && begin + kPartSteps <= p.steps &&
+          is_aligned(from, x.stride[2], kPack)) {
+#pragma unroll 2
+        for (int i = int(threadIdx.x); i < count * kPacks; i += int(blockDim.x)) {
+          const int t = i % kPacks * kPack;
+          float v[kPack];
+          Pack<T, kPack>::load(from + i / kPacks * x.stride[2] + t).unpack(v);
+#pragma unroll
+          for (int j = 0; j < kPack; j += 4) {
+            const auto at = several<4>(place[t + j]);
+            auto& to = several<4>(row[i * kPack + j]);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) to.x[k] = at.x[k] >= least ? v[j + k] : 0.0f;
+          }
+        }
+        return;
+      }
 #pragma unroll 4
       for (int i = int(threadIdx.x); i < count * kPartSteps; i += int(blockDim.x)) {
-        const int r = i / kPartSteps, t = i % kPartSteps, at = place[t];
-        const bool there = at >= 0 || (at == kGhost && !no_ghosts);
-        row[i] = there ? to_number(from[r * x.stride[2] + t * x.stride[3]]) : 0.0f;
+        const int t = i % kPartSteps;
+        row[i] = place[t] >= least ? to_number(from[i / kPartSteps * x.stride[2] + t * x.stride[3]])
+                                   : 0.0f;
       }
     }
   });
@@ -161,10 +180,10 @@ __device__ __forceinline__ void stage_part(const Inputs& p, const PartTask& task
   }
   __syncthreads();  // places are known
   if (p.rank > 0) {
-    stage_narrow(p.delta, task, begin, int(p.rank), false, memory.place, memory.row);
+    stage_narrow(p, p.delta, task, begin, int(p.rank), false, memory.place, memory.row);
   }
-  if (with_B) stage_narrow(p.B, task, begin, int(p.state), true, memory.place, memory.B(p));
-  if (with_C) stage_narrow(p.C, task, begin, int(p.state), true, memory.place, memory.C(p));
+  if (with_B) stage_narrow(p, p.B, task, begin, int(p.state), true, memory.place, memory.B(p));
+  if (with_C) stage_narrow(p, p.C, task, begin, int(p.state), true, memory.place, memory.C(p));
   __syncthreads();  // rows are in place
 }
 

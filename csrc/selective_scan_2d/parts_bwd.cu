@@ -48,15 +48,14 @@ template <bool kStarts>
 __device__ __forceinline__ void end_states(const PartWalk& w, const Ends& at, unsigned starts,
                                            int t, const After& after, const Numbers& delta,
                                            const Numbers& delta_u, const Numbers& dy) {
-  float *B_row = w.memory.B(w.p) + t, *C_row = w.memory.C(w.p) + t;
-#pragma unroll 1
-  for (int n = 0; n < int(w.p.state); ++n, B_row += kPartSteps, C_row += kPartSteps) {
-    const float A = w.memory(n);
-    float h = w.memory(at.h + n), dh = w.memory(at.dh + n), product = decay(after.step_sum, A);
+  const int to_C = w.to_C(), to_h = w.numbers(at.h), to_dh = w.numbers(at.dh);
+  for_states(w, t, [&](int, float* row, float* own) {
+    const float A = *own;
+    float h = own[to_h], dh = own[to_dh], product = decay(after.step_sum, A);
     bool through = !after.starts;
     Numbers B, C;
-    load_numbers(B_row, B);
-    load_numbers(C_row, C);
+    load_numbers(row, B);
+    load_numbers(row + to_C, C);
 #pragma unroll
     for (int j = kSome - 1; j >= 0; --j) {
       const float a = decay(delta[j], A);
@@ -65,8 +64,8 @@ __device__ __forceinline__ void end_states(const PartWalk& w, const Ends& at, un
       dh = a * (dh + C[j] * dy[j]);
       if (kStarts && starts >> j & 1) through = false, dh = 0;
     }
-    w.memory(at.h + n) = h, w.memory(at.dh + n) = dh;
-  }
+    own[to_h] = h, own[to_dh] = dh;
+  });
 }
 
 // The steps of a part in pieces of some, from the last to the first.
@@ -147,14 +146,13 @@ template <bool kStarts>
 __device__ __forceinline__ void walk_states_back(const BwdParams& p, const PartWalk& w,
                                                  const Walked& at, unsigned starts, int64_t begin,
                                                  int t, bool with_y, Steps& x) {
-  float *B_row = w.memory.B(p) + t, *C_row = w.memory.C(p) + t;
-  const int64_t before = at.h + t / kSome * p.state;
-#pragma unroll 1
-  for (int n = 0; n < int(p.state); ++n, B_row += kPartSteps, C_row += kPartSteps) {
-    const float A = w.memory(n), first = w.memory(before + n);
+  const int to_C = w.to_C(), to_h = w.numbers(at.h + t / kSome * p.state);
+  const int to_dh = w.numbers(at.dh), to_dA = w.numbers(at.dA);
+  for_states(w, t, [&](int n, float* row, float* own) {
+    const float A = *own, first = own[to_h];
     Numbers a, h, B, C, dB, dC;
-    load_numbers(B_row, B);
-    load_numbers(C_row, C);
+    load_numbers(row, B);
+    load_numbers(row + to_C, C);
 #pragma unroll
     for (int j = 0; j < kSome; ++j) {
       const bool anew = kStarts && starts >> j & 1;
@@ -166,7 +164,7 @@ __device__ __forceinline__ void walk_states_back(const BwdParams& p, const PartW
 #pragma unroll
       for (int j = 0; j < kSome; ++j) x.y[j] += C[j] * h[j];
     }
-    float dh = w.memory(at.dh + n), dA = 0;
+    float dh = own[to_dh], dA = 0;
 #pragma unroll
     for (int j = kSome - 1; j >= 0; --j) {
       const bool anew = kStarts && starts >> j & 1;
@@ -175,10 +173,10 @@ __device__ __forceinline__ void walk_states_back(const BwdParams& p, const PartW
                dB[j], dC[j], x.d_delta[j], x.d_delta_u[j]);
       if (anew) dh = 0;
     }
-    w.memory(at.dh + n) = dh;
-    w.memory(at.dA + n) += dA;
+    own[to_dh] = dh;
+    own[to_dA] += dA;
     store_projections(p, w.task, begin + t, n, dB, dC);
-  }
+  });
 }
 
 // ddelta as delta is given whole.

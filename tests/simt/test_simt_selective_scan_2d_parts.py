@@ -88,9 +88,9 @@ def test_large_state(place):
 @pytest.mark.parametrize("layout", ["channel-first", "channel-last"])
 def test_dtypes_and_layouts(place, dtype, layout):
     """Step sizes in whole packs of 16 bytes and, with one step less, not."""
-    for steps in (16, 15):
-        along = Routes(16, apart(24, steps, 16))
-        inputs = sample(along, dim=8, state=1, dtype=dtype, batch=1)
+    for steps in (64, 15):
+        along = Routes(64, apart(24, steps, 64))
+        inputs = sample(along, dim=2, state=1, dtype=dtype, batch=1)
         if layout == "channel-last":
             for name in ("u", "z", "delta", "B", "C"):
                 inputs[name] = channel_last(inputs[name]).requires_grad_()
@@ -174,9 +174,10 @@ def test_routes_of_each_sample(place):
     check_parts(place, sample(along, dim=2, state=1, length=90), along)
 
 
-def test_steps_of_no_token_are_not_read(place):
-    along = apart(24, 15, 20)
-    inputs = sample(along, dim=3, state=1, rank=2, length=20, batch=1)
+@pytest.mark.parametrize("steps", [15, 64], ids=["one by one", "in packs"])
+def test_steps_of_no_token_are_not_read(place, steps):
+    along = apart(24, steps, 70)
+    inputs = sample(along, dim=2, state=1, rank=1, length=70, batch=1)
     (y, last), grads = place(on_cpu.run, on_cpu.ours, inputs, routes=along, return_last_state=True)
     bad = {k: v.detach().clone().requires_grad_() for k, v in inputs.items() if v is not None}
     with torch.no_grad():
