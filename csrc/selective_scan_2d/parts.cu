@@ -315,7 +315,7 @@ bool are_faster(const Problem& p, bool backward, const Plan& whole, int64_t grou
   const int64_t turns = (p.batch * whole.blocks + 131) / 132;
   const int64_t wholes = turns * p.routes * p.chunks() * 3 * tile;
   // A warp has a step of 32 channels, and 0.6 of all issue slots are used; launches come on top.
-  const int64_t step = backward ? 250 + 43 * p.state : 110 + 12 * p.state;
+  const int64_t step = backward ? 250 + 40 * p.state : 110 + 12 * p.state;
   const int64_t warp_steps = p.batch * p.routes * p.steps * groups;
   const int64_t launches = backward ? 50000 : 35000;
   return launches + warp_steps * step * 10 / (6 * 4 * 132) < wholes;

@@ -265,6 +265,17 @@ def test_saved_states(chunk, carry):
     assert_close("chunk_states", got, states(64)[:, :, :: chunk // 64])
 
 
+def test_extreme_step_sizes(place):
+    along = Routes(12, apart(24, 12, 12))
+    inputs = sample(along, batch=1, dim=4, state=1, absent=("z",))
+    with torch.no_grad():
+        inputs["delta"][:, :, 0] = -100.0  # softplus underflows: no step
+        inputs["delta"][:, :, 1] = 60.0  # beyond the threshold of softplus
+        inputs["delta"][:, :, 2, ::3] = 1e4  # forgets everything
+        inputs["delta"][:, :, 3] = -1.3  # about where its slope is found in another way
+    check_parts(place, inputs, along)
+
+
 def test_nan_stays_in_its_channel(place):
     along = Routes(20, apart(24, 20, 20))
     inputs = sample(along, dim=9, state=1, batch=1)
