@@ -174,10 +174,11 @@ struct CarryShared {
 };
 
 // A piece of a carry: h -> factor h + end, where a negative factor (no power is) lets nothing through.
+// 0 stays 0, also where the factor of a growing state is infinite.
 struct Piece {
   float factor = 1, end = 0;
   __device__ __forceinline__ float operator()(float h) const {
-    return factor < 0 ? end : factor * h + end;
+    return factor < 0 || h == 0 ? end : factor * h + end;
   }
   __device__ __forceinline__ void append(const Piece& next) {
     end = next(end);
@@ -206,10 +207,9 @@ struct Chain {
     if (carry.backward) i = length - 1 - i;
     if (!p.carry) return {route, i, false};
     const int64_t r = i / p.parts.count, part = i - r * p.parts.count;
-    return {
-        r, part,
-        p.reset_period > 0 && length > 0 &&
-            (carry.backward ? part + 1 == p.parts.count && r + 1 < p.routes : part == 0 && r > 0)};
+    const bool begins_route =
+        carry.backward ? part + 1 == p.parts.count && r + 1 < p.routes : part == 0 && r > 0;
+    return {r, part, p.reset_period > 0 && begins_route};
   }
   __device__ __forceinline__ int64_t row(const At& at) const {
     return (b * p.routes + at.route) * p.parts.count + at.part;

@@ -276,6 +276,19 @@ def test_extreme_step_sizes(place):
     check_parts(place, inputs, along)
 
 
+def test_nothing_grows_from_nothing(place):
+    """The product of a part's decays may be infinite."""
+    along = Routes(80, apart(12, 70, 80))
+    inputs = sample(along, batch=1, dim=2, state=1, absent=("initial_state",))
+    with torch.no_grad():
+        inputs["A"].fill_(1)
+        inputs["delta"].fill_(60)
+        inputs["u"].fill_(0)
+    y, last = place(on_cpu.ours, **inputs, routes=along, return_last_state=True)
+    assert not y.any() and not last.any()
+    assert has_launched(place, "parts")
+
+
 def test_nan_stays_in_its_channel(place):
     along = Routes(20, apart(24, 20, 20))
     inputs = sample(along, dim=9, state=1, batch=1)
