@@ -822,11 +822,11 @@ def test_unsupported_dtypes(dtype):
         ours(**inputs, routes=along, out_dtype=dtype)
 
 
-def drawn(data, *, most_steps, most_routes, most_batch, most_dim, most_state):
+def drawn(data, *, most_steps, most_routes, most_batch, most_dim, most_state, least_routes=1):
     """Inputs, routes, options and seed: shapes, layouts and dtypes are drawn together with them."""
     draw = data.draw
     length, steps = draw(st.integers(1, 40), "length"), draw(st.integers(0, most_steps), "steps")
-    count = draw(st.integers(1, most_routes), "count")
+    count = draw(st.integers(least_routes, most_routes), "count")
     batch = draw(st.integers(1, most_batch), "batch")
     seed = draw(st.integers(0, 99), "seed")
     along = Routes(length, holes(count, steps, length, seed), carry=draw(st.booleans(), "carry"))

@@ -2,6 +2,7 @@
 
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "bindings/selective_scan_2d.h"
 #include "bindings/stream.h"
@@ -24,31 +25,54 @@ Problem check_on_gpu(const RoutedOperands& x, int64_t reset_period, bool carry, 
 }
 
 // What the kernels work in, besides the results.
-struct Memory {
-  Tensor place, flags;
-  OptionalTensor planes;
-};
+using Memory = std::vector<Tensor>;
+
+// Of routes that are walked in parts.
+Memory prepare_parts(const RoutedOperands& x, bool backward, cudaStream_t stream, cuda::Inputs& p) {
+  Memory memory;
+  auto floats = [&](float*& data, bool wanted, const Sizes& sizes) {
+    if (!wanted) return;
+    memory.push_back(empty(x.u, sizes, ScalarType::Float));
+    data = static_cast<float*>(memory.back().data_ptr());
+  };
+  cuda::Parts& parts = p.parts;
+  const Sizes states{p.batch, p.routes, parts.count, p.state, p.dim};
+  floats(parts.u, true, {p.u_per_route ? p.routes : 1, parts.plane_elements});
+  floats(parts.dy, backward, {p.y_per_route ? p.routes : 1, parts.plane_elements});
+  floats(parts.y, !backward || p.z, {parts.at_once, parts.plane_elements});
+  floats(parts.du, backward, {parts.at_once, parts.plane_elements});
+  floats(parts.h, true, states);
+  floats(parts.dh, backward, states);
+  floats(parts.step_sums, true, {p.batch, p.routes, parts.count, p.dim});
+  const int64_t tables = p.tables() * p.routes;
+  memory.push_back(zeros(x.u, {tables * (p.tokens + 1)}, ScalarType::Int));
+  parts.repeats = static_cast<int32_t*>(memory.back().data_ptr());
+  cuda::find_repeats(p, parts.repeats + tables, stream);
+  return memory;
+}
 
 Memory prepare(const RoutedOperands& x, bool backward, const OptionalTensor& dy,
                cudaStream_t stream, cuda::Inputs& p) {
-  p.plan = cuda::plan(p, backward, view<4>("dy", dy), shared_memory_of_block(x.u));
+  const int64_t shared_limit = shared_memory_of_block(x.u);
+  p.plan = cuda::plan(p, backward, view<4>("dy", dy), shared_limit);
+  p.parts = cuda::plan_parts(p, backward, p.plan, shared_limit);
+  p.place_per_batch = p.index_stride[0] != 0;
+  if (p.parts.count > 0) return prepare_parts(x, backward, stream, p);
   if (p.plan.channels == 0) {
     fail("state and rank must fit in shared memory on this GPU, got state = " +
          std::to_string(p.state) + " and rank = " + std::to_string(p.rank));
   }
   p.tiles = p.chunks();
-  p.place_per_batch = p.index_stride[0] != 0;
   Memory memory{empty(x.u, {p.tables(), p.routes, p.tiles, p.chunk}, ScalarType::Int),
-                empty(x.u, {p.tables(), p.routes, p.tiles}, ScalarType::Int),
-                {}};
-  p.place = static_cast<int32_t*>(memory.place.data_ptr());
-  p.flags = static_cast<int32_t*>(memory.flags.data_ptr());
+                empty(x.u, {p.tables(), p.routes, p.tiles}, ScalarType::Int)};
+  int32_t* place = static_cast<int32_t*>(memory[0].data_ptr());
+  int32_t* flags = static_cast<int32_t*>(memory[1].data_ptr());
+  p.place = place, p.flags = flags;
   if (!p.plan.on_chip) {
-    memory.planes = empty(x.u, {p.plan.plane_elements}, scalar_type(p.compute));
-    p.planes = memory.planes->data_ptr();
+    memory.push_back(empty(x.u, {p.plan.plane_elements}, scalar_type(p.compute)));
+    p.planes = memory.back().data_ptr();
   }
-  cuda::find_places(p, static_cast<int32_t*>(memory.place.data_ptr()),
-                    static_cast<int32_t*>(memory.flags.data_ptr()), stream);
+  cuda::find_places(p, place, flags, stream);
   return memory;
 }
 
@@ -76,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> selective_scan_2d_fwd(
   p.y = view<4>("out_dtype", y);
   p.last_state = view<4>("last_state", last_state);
   if (save_chunk_states) p.chunk_states = chunk_states.data_ptr();
-  cuda::fwd(p, device.stream);
+  p.parts.count > 0 ? cuda::fwd_in_parts(p, device.stream) : cuda::fwd(p, device.stream);
   return {y, last_state, chunk_states};
 }
 
@@ -114,9 +138,11 @@ selective_scan_2d_bwd(const OptionalTensor& dy, const OptionalTensor& dlast_stat
   if (z) p.dz = view<3>("dz", g.z);
   if (initial_state) p.dinitial_state = view<4>("dinitial_state", g.initial_state);
 
-  const bool nothing = p.batch * p.plan.blocks == 0;
-  const PartialSums sums = partial_sums(x, p, p.plan.blocks, p.batch, nothing);
-  cuda::bwd(p, device.stream);
+  const bool in_parts = p.parts.count > 0, nothing = !in_parts && p.batch * p.plan.blocks == 0;
+  const PartialSums sums = in_parts
+                               ? partial_sums(x, p, p.parts.groups, p.batch * p.parts.count, false)
+                               : partial_sums(x, p, p.plan.blocks, p.batch, nothing);
+  p.parts.count > 0 ? cuda::bwd_in_parts(p, device.stream) : cuda::bwd(p, device.stream);
   const AddUp add_up = [&](const Tensor& partial, int64_t parts, const int64_t (&size)[4],
                            const View<4>& out) {
     statescan::add_up(partial.data_ptr(), p.compute, parts, size, out, device.stream);

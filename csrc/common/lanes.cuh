@@ -32,21 +32,22 @@ __device__ __forceinline__ R sum_over_warp(R x) {
   return x;
 }
 
-// Four sums over a warp for little more than one: lane 8 i gets that of v[i].
-template <class R>
-__device__ __forceinline__ R sum_four_over_warp(const R (&v)[4], int lane) {
-  const bool upper = lane & 16, odd = lane & 8;
-  R pair[2];
+// kCount sums over a warp, a power of two, for little more than one: lane 32 / kCount i gets that of
+// v[i], and v is used up.
+template <int kCount, int kLanes = 32, int kSize, class R>
+__device__ __forceinline__ R sums_over_warp(R (&v)[kSize], int lane) {
+  if constexpr (kLanes > 1) {
+    constexpr int kHalf = kCount / 2;
+    if constexpr (kCount == 1) v[0] += __shfl_xor_sync(kAllLanes, v[0], kLanes / 2);
+    const bool upper = lane & kLanes / 2;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    pair[i] = upper ? v[i + 2] : v[i];
-    pair[i] += __shfl_xor_sync(kAllLanes, upper ? v[i] : v[i + 2], 16);
+    for (int i = 0; i < kHalf; ++i) {
+      const R given = upper ? v[i] : v[i + kHalf];
+      v[i] = (upper ? v[i + kHalf] : v[i]) + __shfl_xor_sync(kAllLanes, given, kLanes / 2);
+    }
+    return sums_over_warp<(kCount > 1 ? kHalf : 1), kLanes / 2>(v, lane);
   }
-  R sum = odd ? pair[1] : pair[0];
-  sum += __shfl_xor_sync(kAllLanes, odd ? pair[0] : pair[1], 8);
-#pragma unroll
-  for (int lanes = 4; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
-  return sum;
+  return v[0];
 }
 
 }  // namespace statescan

@@ -235,7 +235,7 @@ __device__ __forceinline__ void add_to_dt_weight(Walk<C>& w, const Pass& pass, t
 #pragma unroll
       for (int j = 0; j < C::kItems; ++j) sums[i] += ddelta[j] * dt[j];
     }
-    const R sum = sum_four_over_warp(sums, w.lane);
+    const R sum = sums_over_warp<4>(sums, w.lane);
     const int mine = r + w.lane / 8;
     if (w.lane % 8 == 0 && mine < pass.rows) w.ddt_weight()[pass.first_row + mine] += sum;
   }

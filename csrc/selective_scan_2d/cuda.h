@@ -40,6 +40,26 @@ struct Plan {
   int64_t plane_elements;  // in global memory, for all blocks of the launch
 };
 
+// Where all parts of a route are walked at the same time (parts.cuh): how they are dealt out, and the
+// memory that they work in, of floats. Planes are (token, 32 channels) for each group of 32 channels.
+struct Parts {
+  int64_t count;   // of a route; 0: routes are walked as wholes
+  int64_t groups;  // of 32 channels
+  int warps;       // of a block: a group each
+  int at_once;     // routes at the same time, each with planes of its own to add to
+  int64_t shared_bytes;
+  int64_t plane_elements;  // of one kind, of all batch elements and groups
+  int line_bytes;          // of a token in a plane
+
+  float *u, *dy;  // (batch, route or 1, group) planes
+  float *y, *du;  // (batch, at_once, group) planes, which begin as zeros; backward: y with a gate
+  float *h, *dh;  // (batch, route, part, state, dim): what a part makes of 0, then what enters it
+  float* step_sums;  // (batch, route, part, dim), of the step sizes
+  int32_t* repeats;  // (batch or 1, route): a token comes twice, so its parts are walked in turn
+
+  STATESCAN_HOST_DEVICE int64_t blocks() const { return (groups + warps - 1) / warps; }
+};
+
 struct Inputs : Problem {
   const int32_t* place;  // (batch or 1, route, tile, chunk)
   const int32_t* flags;  // (batch or 1, route, tile)
@@ -47,6 +67,7 @@ struct Inputs : Problem {
   int64_t tiles;  // of a route
   Plan plan;
   void* planes;  // (block, kind, channel, pitch); null: in shared memory
+  Parts parts;
 
   STATESCAN_HOST_DEVICE int64_t tables() const { return place_per_batch ? batch : 1; }
 };
@@ -78,11 +99,19 @@ struct BwdParams : Inputs {
 // `shared_limit`: bytes of shared memory that a block can have. `dy` is of the backward, absent: zero.
 Plan plan(const Problem& p, bool backward, const View<4>& dy, int64_t shared_limit);
 
+// `whole`: what plan() says.
+Parts plan_parts(const Problem& p, bool backward, const Plan& whole, int64_t shared_limit);
+
+// Fills Parts::repeats, which are zeros as `visits` (batch or 1, route, token) are.
+void find_repeats(const Inputs& p, int32_t* visits, cudaStream_t stream);
+
 // Fills Inputs::place and flags. Entries of the table that are no tokens become ghosts (but -2 a
 // skip): whatever the table holds, no kernel leaves a tensor.
 void find_places(const Inputs& p, int32_t* place, int32_t* flags, cudaStream_t stream);
 
 void fwd(const FwdParams& p, cudaStream_t stream);
 void bwd(const BwdParams& p, cudaStream_t stream);
+void fwd_in_parts(const FwdParams& p, cudaStream_t stream);
+void bwd_in_parts(const BwdParams& p, cudaStream_t stream);
 
 }  // namespace statescan::selective_scan_2d::cuda

@@ -25,15 +25,8 @@ __global__ __launch_bounds__(kLongTile) void places_kernel(const Inputs p, Divis
     const int64_t t = tile * p.chunk + i;
     int32_t found = kSkip;
     if (i < chunk && t < p.steps) {
-      const int64_t at =
-          table * p.index_stride[0] + route * p.index_stride[1] + t * p.index_stride[2];
-      const int64_t token = p.index_is_wide ? static_cast<const int64_t*>(p.index)[at]
-                                            : static_cast<const int32_t*>(p.index)[at];
-      if (token >= 0 && token < p.tokens) {
-        found = in_plane(int(token));
-      } else if (token != kSkip) {
-        found = kGhost;
-      }
+      const int token = token_at(p, table, route, t);
+      found = token < 0 ? token : in_plane(token);
     }
     __syncthreads();  // the tile before has been looked at
     seen.place[i] = found;

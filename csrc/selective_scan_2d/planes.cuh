@@ -156,7 +156,7 @@ __device__ __forceinline__ void write_tokens(const View<4>& x, const Task& task,
 }
 
 // (batch, dim, token) as a tensor with a route axis.
-__device__ __forceinline__ View<4> with_routes(const View<3>& x) {
+STATESCAN_HOST_DEVICE View<4> with_routes(const View<3>& x) {
   return {x.data, x.dtype, {x.stride[0], 0, x.stride[1], x.stride[2]}};
 }
 

@@ -75,6 +75,15 @@ __device__ __forceinline__ Task task_at(const Inputs& p, int64_t i) {
   return t;
 }
 
+// The token of a step, or what it is instead.
+__device__ __forceinline__ int token_at(const Inputs& p, int64_t table, int64_t route, int64_t t) {
+  const int64_t at = table * p.index_stride[0] + route * p.index_stride[1] + t * p.index_stride[2];
+  const int64_t token = p.index_is_wide ? __ldg(static_cast<const int64_t*>(p.index) + at)
+                                        : __ldg(static_cast<const int32_t*>(p.index) + at);
+  if (token >= 0 && token < p.tokens) return int(token);
+  return token == kSkip ? int(kSkip) : int(kGhost);
+}
+
 // A piece of a route.
 struct Tile {
   int64_t b, route, i, begin;  // the i-th of its route; its first step

@@ -66,7 +66,7 @@ RULES = [
 
 # Arrays in structs for shared memory (rule 5): T name[N]; within a struct that block_shared or
 # dynamic_shared names.
-ARRAY = re.compile(r"^\s*[\w:<>, ]+\s+\w+(\[[^\]]+\])+\s*;")
+ARRAY = re.compile(r"^(?!\s*return\b)\s*[\w:<>, ]+\s+\w+(\[[^\]]+\])+\s*;")
 
 
 def without_comments(text):

@@ -32,7 +32,11 @@ def case(name: str, B: int, D: int, H: int, W: int, N: int, R: int, F: int = CRO
 
 
 PRESETS = {
-    "gpu": (case("VMamba-T stage 1, ratio 2", 128, 192, 56, 56, 1, 6),),
+    "gpu": (
+        case("VMamba-T stage 1, ratio 2", 128, 192, 56, 56, 1, 6),
+        case("VMamba-T stage 1, one image", 1, 192, 56, 56, 1, 6),
+        case("MTAIR, four images", 4, 96, 128, 128, 16, 6),
+    ),
     "targets": (
         case("VMamba-T stage 1, ratio 2", 8, 192, 56, 56, 1, 6),
         case("VMamba-T stage 1, ratio 2", 8, 192, 56, 56, 16, 6),
