@@ -22,7 +22,7 @@
 namespace statescan::ssd_scan::cuda {
 
 template <class R>
-struct Decays {
+struct alignas(16) Decays {
   SharedArray<R, kTile> weight,
       slope;  // the step size (1 where the decay is given), its derivative
   SharedArray<R, kTile> row, column;

@@ -2,6 +2,7 @@
 // 64 steps, bfloat16 or several terms of it, and how results leave.
 #pragma once
 
+#include "common/lanes.cuh"
 #include "common/mma.cuh"
 #include "ssd_scan/decays.cuh"
 
@@ -56,11 +57,16 @@ struct TermTile {
           uint4{pairs[0].term[i], pairs[1].term[i], pairs[2].term[i], pairs[3].term[i]};
     }
   }
-  // Two neighbours.
-  __device__ __forceinline__ void pair(int row, int column, float& low, float& high) {
-    unite(
-        terms<kTerms>([&](int i) { return *reinterpret_cast<uint32_t*>(term[i].at(row, column)); }),
-        low, high);
+  __device__ __forceinline__ void get(int row, int column, float (&v)[8]) {
+    const auto packs = terms<kTerms>([&](int i) { return term[i].pack(row, column); });
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      unite(terms<kTerms>([&](int i) {
+              const uint4& x = packs.term[i];
+              return j == 0 ? x.x : j == 1 ? x.y : j == 2 ? x.z : x.w;
+            }),
+            v[2 * j], v[2 * j + 1]);
+    }
   }
 };
 
@@ -105,12 +111,12 @@ __device__ __forceinline__ void set_element(uint4& v, int j, uint16_t bits) {
   v.z |= j / 2 == 2 ? pair : 0, v.w |= j / 2 == 3 ? pair : 0;
 }
 
-// Rows of a bfloat16 tensor into a tile, columns up to a multiple of 16; rows and columns that are
+// Rows of a bfloat16 tensor into a tile, columns up to a multiple of 32; rows and columns that are
 // not there are 0. With `shift`, row i holds step i - 1, which before a sequence is 0.
 template <class Tile>
 __device__ __forceinline__ void load_tile(const Slice& x, const Piece& piece, int shift, Tile& tile,
                                           int thread, int threads) {
-  const unsigned packs = unsigned(round_up(x.columns, 16) / 8);
+  const unsigned packs = unsigned(round_up(x.columns, 32) / 8);
 #pragma unroll 2
   for (unsigned k = unsigned(thread); k < kSteps * packs; k += unsigned(threads)) {
     const int row = int(k / packs), i = int(k % packs) * 8;
@@ -149,6 +155,26 @@ __device__ __forceinline__ void load_numbers(const Slice& x, int row, int i, flo
   }
 }
 
+// Stores those of 8 numbers that are there.
+__device__ __forceinline__ void store_numbers(const Slice& x, int row, int i, const float (&v)[8]) {
+  char* data = const_cast<char*>(x.data);
+  if (x.is_pack(i)) {
+    uint4* to = reinterpret_cast<uint4*>(data + element_bytes(x.dtype) * x.offset(row, i));
+    if (x.dtype == DType::kBFloat16) return ptx::store(to, Pack<BFloat16, 8>::of(v).bits);
+    if (x.dtype == DType::kFloat16) return ptx::store(to, Pack<Half, 8>::of(v).bits);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      ptx::store(to + j, uint4{float_to_bits(v[4 * j]), float_to_bits(v[4 * j + 1]),
+                               float_to_bits(v[4 * j + 2]), float_to_bits(v[4 * j + 3])});
+    }
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    if (i + j < x.columns) store_element(data, x.dtype, x.offset(row, i + j), v[j]);
+  }
+}
+
 // The same into a tile of terms, from any dtype: a bfloat16 tensor where there is only one term.
 template <int kTerms, int kRows, int kColumns>
 __device__ __forceinline__ void load_tile(const Slice& x, const Piece& piece, int shift,
@@ -157,7 +183,7 @@ __device__ __forceinline__ void load_tile(const Slice& x, const Piece& piece, in
   if constexpr (kTerms == 1) {
     load_tile(x, piece, shift, tile.term[0], thread, threads);
   } else {
-    const unsigned packs = unsigned(round_up(x.columns, 16) / 8);
+    const unsigned packs = unsigned(round_up(x.columns, 32) / 8);
 #pragma unroll 2
     for (unsigned k = unsigned(thread); k < kSteps * packs; k += unsigned(threads)) {
       const int row = int(k / packs), i = int(k % packs) * 8;
@@ -165,6 +191,24 @@ __device__ __forceinline__ void load_tile(const Slice& x, const Piece& piece, in
       if (row < piece.rows && (row >= shift || !piece.first)) load_numbers(x, row - shift, i, v);
       tile.put(row, i, v);
     }
+  }
+}
+
+// As load_tile, by copies that run beside the thread where rows allow it.
+template <int kTerms, int kRows, int kColumns>
+__device__ __forceinline__ void fetch_tile(const Slice& x, const Piece& piece, int shift,
+                                           TermTile<kTerms, kRows, kColumns>& tile, int thread,
+                                           int threads) {
+  if (kTerms > 1 || !x.packed) return load_tile(x, piece, shift, tile, thread, threads);
+  constexpr int kPacks = kColumns / 8;
+  const int i = thread % kPacks * 8, left = x.columns - i;
+  if (i >= round_up(x.columns, 32)) return;
+  const int bytes = left <= 0 ? 0 : left < 8 ? 2 * left : 16;
+#pragma unroll 4
+  for (int row = thread / kPacks; row < kSteps; row += threads / kPacks) {
+    const bool there = row < piece.rows && (row >= shift || !piece.first) && bytes > 0;
+    const char* from = there ? x.data + 2 * x.offset(row - shift, i) : x.data;
+    ptx::cp_async_16(tile.term[0].at(row, i), from, there ? bytes : 0);
   }
 }
 
@@ -176,7 +220,7 @@ __device__ __forceinline__ void load_ungated(const Inputs& p, const Piece& piece
   if (p.dy && !p.z && p.dy.dtype == DType::kBFloat16) {
     return load_tile(Slice(p.dy, piece, head, first, columns), piece, 0, tile, thread, threads);
   }
-  const unsigned packs = unsigned(round_up(columns, 16) / 8);
+  const unsigned packs = unsigned(round_up(columns, 32) / 8);
 #pragma unroll 1
   for (unsigned k = unsigned(thread); k < kSteps * packs; k += unsigned(threads)) {
     const int row = int(k / packs), i = int(k % packs) * 8;
