@@ -38,29 +38,30 @@ struct Product {  // 16 rows by 16 columns, as two halves of 8; see at()
 
 // From a tile of [row][depth], or of [depth][row].
 __device__ __forceinline__ Left left_of(const BFloat16* tile, int pitch) {
-  const int lane = ptx::lane();
+  const unsigned lane = unsigned(ptx::lane());
   Left x;
-  ptx::ldmatrix_x4(x.a, tile + lane % 16 * pitch + lane / 16 * 8);
+  ptx::ldmatrix_x4(x.a, tile + lane % 16 * unsigned(pitch) + lane / 16 * 8);
   return x;
 }
 __device__ __forceinline__ Left left_of_transposed(const BFloat16* tile, int pitch) {
-  const int lane = ptx::lane();
+  const unsigned lane = unsigned(ptx::lane());
   Left x;
-  ptx::ldmatrix_x4_trans(x.a, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+  ptx::ldmatrix_x4_trans(x.a,
+                         tile + (lane % 8 + lane / 16 * 8) * unsigned(pitch) + lane / 8 % 2 * 8);
   return x;
 }
 
 // From a tile of [depth][column], or of [column][depth].
 __device__ __forceinline__ Right right_of(const BFloat16* tile, int pitch) {
-  const int lane = ptx::lane();
+  const unsigned lane = unsigned(ptx::lane());
   Right x;
-  ptx::ldmatrix_x4_trans(x.b, tile + lane % 16 * pitch + lane / 16 * 8);
+  ptx::ldmatrix_x4_trans(x.b, tile + lane % 16 * unsigned(pitch) + lane / 16 * 8);
   return x;
 }
 __device__ __forceinline__ Right right_of_transposed(const BFloat16* tile, int pitch) {
-  const int lane = ptx::lane();
+  const unsigned lane = unsigned(ptx::lane());
   Right x;
-  ptx::ldmatrix_x4(x.b, tile + (lane % 8 + lane / 16 * 8) * pitch + lane / 8 % 2 * 8);
+  ptx::ldmatrix_x4(x.b, tile + (lane % 8 + lane / 16 * 8) * unsigned(pitch) + lane / 8 % 2 * 8);
   return x;
 }
 
@@ -112,9 +113,10 @@ __device__ __forceinline__ Terms<uint32_t, kTerms> split(float low, float high) 
 }
 template <int kTerms>
 __device__ __forceinline__ void unite(const Terms<uint32_t, kTerms>& x, float& low, float& high) {
-  low = high = 0;
+  low = bits_to_float(x.term[kTerms - 1] << 16);
+  high = bits_to_float(x.term[kTerms - 1] & 0xffff0000u);
 #pragma unroll
-  for (int i = kTerms - 1; i >= 0; --i) {
+  for (int i = kTerms - 2; i >= 0; --i) {
     low += bits_to_float(x.term[i] << 16), high += bits_to_float(x.term[i] & 0xffff0000u);
   }
 }

@@ -57,16 +57,11 @@ struct TermTile {
           uint4{pairs[0].term[i], pairs[1].term[i], pairs[2].term[i], pairs[3].term[i]};
     }
   }
-  __device__ __forceinline__ void get(int row, int column, float (&v)[8]) {
-    const auto packs = terms<kTerms>([&](int i) { return term[i].pack(row, column); });
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      unite(terms<kTerms>([&](int i) {
-              const uint4& x = packs.term[i];
-              return j == 0 ? x.x : j == 1 ? x.y : j == 2 ? x.z : x.w;
-            }),
-            v[2 * j], v[2 * j + 1]);
-    }
+  // Two neighbours.
+  __device__ __forceinline__ void pair(int row, int column, float& low, float& high) {
+    unite(
+        terms<kTerms>([&](int i) { return *reinterpret_cast<uint32_t*>(term[i].at(row, column)); }),
+        low, high);
   }
 };
 
@@ -200,15 +195,19 @@ __device__ __forceinline__ void fetch_tile(const Slice& x, const Piece& piece, i
                                            TermTile<kTerms, kRows, kColumns>& tile, int thread,
                                            int threads) {
   if (kTerms > 1 || !x.packed) return load_tile(x, piece, shift, tile, thread, threads);
-  constexpr int kPacks = kColumns / 8;
-  const int i = thread % kPacks * 8, left = x.columns - i;
+  constexpr unsigned kPacks = kColumns / 8;
+  const int i = int(unsigned(thread) % kPacks) * 8, left = x.columns - i;
   if (i >= round_up(x.columns, 32)) return;
   const int bytes = left <= 0 ? 0 : left < 8 ? 2 * left : 16;
+  const int begin = piece.first ? shift : 0, end = piece.rows;  // rows that are there
+  const int by = int(unsigned(threads) / kPacks), row = int(unsigned(thread) / kPacks);
+  const char* from = x.data + 2 * x.offset(row - shift, i);
+  BFloat16* to = tile.term[0].at(row, i);
 #pragma unroll 4
-  for (int row = thread / kPacks; row < kSteps; row += threads / kPacks) {
-    const bool there = row < piece.rows && (row >= shift || !piece.first) && bytes > 0;
-    const char* from = there ? x.data + 2 * x.offset(row - shift, i) : x.data;
-    ptx::cp_async_16(tile.term[0].at(row, i), from, there ? bytes : 0);
+  for (int k = row; k < kSteps; k += by) {
+    const bool there = k >= begin && k < end && bytes > 0;
+    ptx::cp_async_16(to, there ? from : x.data, there ? bytes : 0);
+    from += 2 * by * x.step, to += by * Tile<kRows, kColumns>::kPitch;
   }
 }
 

@@ -34,7 +34,7 @@ class TensorWalk {
         tiles_(*dynamic_shared<WalkTiles<Kind>>()),
         own_tiles_(tiles_.head(int(threadIdx.x) / kHeadThreads)),
         stages_(stages),
-        state_(int(p.state), columns_of_head() - column()) {}
+        state_(int(p.state), all_columns(p) - column()) {}
 
   __device__ __forceinline__ void run() {
     if (p_.D && outputs()) load_skip_weights();
@@ -58,9 +58,10 @@ class TensorWalk {
     return task().head + int(threadIdx.x) / kHeadThreads;
   }
   __device__ __forceinline__ int64_t first() const { return task().column * kP; }  // of headdim
-  __device__ __forceinline__ int columns_of_head() const {
-    return int(p_.headdim - first() < kP ? p_.headdim - first() : kP);
+  __device__ __forceinline__ int all_columns(const WalkParams& p) const {
+    return int(p.headdim - first() < kP ? p.headdim - first() : kP);
   }
+  __device__ __forceinline__ int head_columns() const { return state_.columns() + column(); }
   __device__ __forceinline__ int column() const { return warp() * State::kColumns; }  // the warp's
   __device__ __forceinline__ bool outputs() const { return !p_.backward && !p_.summarize; }
   __device__ __forceinline__ int shift() const { return p_.shift_output ? 1 : 0; }
@@ -141,9 +142,10 @@ class TensorWalk {
   }
 
   __device__ __forceinline__ void load_skip_weights() {
+#pragma unroll 1
     for (int i = thread(); i < kP; i += kHeadThreads) {
       own_tiles_.D[i] =
-          i >= columns_of_head()
+          i >= head_columns()
               ? 0.0f
               : load_element<float>(p_.D.data, p_.D.dtype,
                                     head() * p_.D.stride[0] + (first() + i) * p_.D.stride[1]);
@@ -180,8 +182,8 @@ class TensorWalk {
 
   __device__ __forceinline__ void clear_outputs(const Piece& piece) {
     if (!outputs()) return;
-    const Slice y(p_.y, piece, head(), first(), columns_of_head());
-    const unsigned pairs = unsigned(columns_of_head() + 1) / 2;
+    const Slice y(p_.y, piece, head(), first(), head_columns());
+    const unsigned pairs = unsigned(head_columns() + 1) / 2;
     for (unsigned k = unsigned(thread()); k < unsigned(piece.rows) * pairs; k += kHeadThreads) {
       store_pair(y, int(k / pairs), int(k % pairs) * 2, 0, 0);
     }
@@ -189,7 +191,7 @@ class TensorWalk {
 
   __device__ __forceinline__ void advance(const Piece& piece) {
     if (outputs()) output(piece);
-    if (column() < columns_of_head()) update();
+    if (state_.columns() > 0) update();
     if (factor_ >= 0) factor_ *= decays().whole;
   }
 
@@ -208,9 +210,9 @@ class TensorWalk {
       fetch_tile(Slice(p_.C, piece, group, 0, states), piece, shift(), to.C, block_thread, threads);
     }
     if (p_.backward) {
-      load_ungated(p_, piece, head(), first(), columns_of_head(), value, thread(), kHeadThreads);
+      load_ungated(p_, piece, head(), first(), head_columns(), value, thread(), kHeadThreads);
     } else {
-      fetch_tile(Slice(p_.x, piece, head(), first(), columns_of_head()), piece, 0, value, thread(),
+      fetch_tile(Slice(p_.x, piece, head(), first(), head_columns()), piece, 0, value, thread(),
                  kHeadThreads);
     }
     ptx::cp_async_commit();
@@ -228,40 +230,46 @@ class TensorWalk {
                 tiles_.head(block_warp()).decays[(stop_ + 1) % 2]);
   }
 
-  // f(block, t, s) for blocks of 16 x 16 on and below the diagonal that have outputs, dealt to warps.
-  template <class F>
-  __device__ __forceinline__ void for_blocks(int warp, int warps, F&& f) {
-    const int rows = stop().piece.rows;
+  // By the warps that have no decays to find: two neighbouring blocks at a time share the rows of C
+  // and go side by side. The second may lie above the diagonal.
+  __device__ __forceinline__ void find_G() {
+    Operands<Kind>& x = operands(stop_);
+    const int warps = int(blockDim.x) / 32 - heads();
 #pragma unroll 1
-    for (int block = warp; block < kBelow; block += warps) {
-      const int t = block >= 6 ? 3 : block >= 3 ? 2 : block >= 1, s = block - t * (t + 1) / 2;
-      if (16 * t < rows) f(block, 16 * t, 16 * s);
+    for (int pair = block_warp() - heads(); pair >= 0 && pair < 6; pair += warps) {
+      const int t = pair < 2 ? 3 : pair < 4 ? 2 : 5 - pair, s = pair < 4 ? pair % 2 * 2 : 0;
+      if (16 * t >= stop().piece.rows) continue;
+      Product G[2];
+#pragma unroll 2
+      for (int k = 0; k < p_.state; k += 32) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const Terms<Left, kTerms> C = x.C.left(16 * t, k + 16 * i);
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            multiply(G[j], C, x.key.right_of_transpose(16 * (s + j), k + 16 * i));
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (s + j > t) continue;
+        const int at = (t * (t + 1) / 2 + s + j) * 64 + ptx::lane();
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          tiles_.G[at + 32 * h] = {G[j].d[h][0], G[j].d[h][1], G[j].d[h][2], G[j].d[h][3]};
+        }
+      }
     }
   }
 
-  // By the warps that have no decays to find.
-  __device__ __forceinline__ void find_G() {
-    if (block_warp() < heads()) return;
-    Operands<Kind>& x = operands(stop_);
-    for_blocks(block_warp() - heads(), int(blockDim.x) / 32 - heads(),
-               [&](int block, int t, int s) {
-                 Product G;
-#pragma unroll 2
-                 for (int k = 0; k < p_.state; k += 16) {
-                   multiply(G, x.C.left(t, k), x.key.right_of_transpose(s, k));
-                 }
-#pragma unroll
-                 for (int h = 0; h < 2; ++h) {
-                   tiles_.G[(2 * block + h) * 32 + ptx::lane()] = {G.d[h][0], G.d[h][1], G.d[h][2],
-                                                                   G.d[h][3]};
-                 }
-               });
-  }
-
-  __device__ __forceinline__ void find_M() {
+  __device__ __forceinline__ void find_M(int rows) {
     Decays<float>& d = decays();
-    for_blocks(warp(), kHeadWarps, [&](int block, int t0, int s0) {
-      const int lane = ptx::lane();
+#pragma unroll 1
+    for (int block = warp(); block < kBelow; block += kHeadWarps) {
+      const int t0 = 16 * (block >= 6 ? 3 : block >= 3 ? 2 : block >= 1);
+      const int s0 = 16 * block - t0 * (t0 / 16 + 1) / 2, lane = ptx::lane();
+      if (t0 >= rows) continue;
       Product x;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -296,7 +304,7 @@ class TensorWalk {
         const uint32_t (&a)[4] = M.term[i].a;
         own_tiles_.M[(block * kTerms + i) * 32 + lane] = {a[0], a[1], a[2], a[3]};
       }
-    });
+    }
   }
 
   __device__ __forceinline__ Terms<Left, kTerms> load_M(int t, int s) {
@@ -309,23 +317,34 @@ class TensorWalk {
 
   // Outputs of 32 steps at a time: enough to do between one load and the next, and registers for it.
   __device__ __forceinline__ void output(const Piece& piece) {
-    const bool has_columns = column() < columns_of_head();
+    const bool has_columns = state_.columns() > 0;
+    const int rows = piece.rows;
     find_G();
-#pragma unroll 1
-    for (int t = 0; t < piece.rows; t += 32) {
+#pragma unroll
+    for (int t = 0; t < kSteps; t += 32) {
+      if (t >= rows) break;
       Product y[2][kAcross];
       if (has_columns) state_.add_output(operands(stop_).C, t, y);
       if (t == 0) {
         __syncthreads();  // G is in place
-        find_M();
+        find_M(rows);
         ptx::barrier_sync(1 + int(threadIdx.x) / kHeadThreads, kHeadThreads);  // M is in place
       }
-      if (has_columns) finish_output(piece, t, y);
+      if (!has_columns) continue;
+      add_steps(t, rows, y);
+      if (p_.D) add_skip(t, y);
+      const Slice to(p_.y, piece, head(), first() + column(), state_.columns());
+      if (kTerms == 1 && !p_.z && to.packed && to.dtype == DType::kBFloat16 &&
+          state_.columns() >= State::kColumns) {
+        store_directly(to, t, rows, y);
+      } else {
+        store_staged(to, piece, t, rows, y);
+      }
     }
   }
 
-  __device__ __forceinline__ void finish_output(const Piece& piece, int t,
-                                                Product (&y)[2][kAcross]) {
+  // y <- row y + M x.
+  __device__ __forceinline__ void add_steps(int t, int rows, Product (&y)[2][kAcross]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
@@ -333,67 +352,109 @@ class TensorWalk {
         y[r][j].for_each([&](int row, int, float& v) { v *= decays().row[t + 16 * r + row]; });
       }
     }
-#pragma unroll 1
+    auto& value = own_value();
+#pragma unroll
     for (int s = 0; s <= t + 16; s += 16) {
+      if (s >= rows) break;
       Terms<Right, kTerms> x[kAcross];
 #pragma unroll
-      for (int j = 0; j < kAcross; ++j) x[j] = own_value().right(s, column() + 16 * j);
+      for (int j = 0; j < kAcross; ++j) x[j] = value.right(s, column() + 16 * j);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        if (s > t + 16 * r || t + 16 * r >= piece.rows) continue;
+        if (s > t + 16 * r || t + 16 * r >= rows) continue;
         const Terms<Left, kTerms> M = load_M(t + 16 * r, s);
 #pragma unroll
         for (int j = 0; j < kAcross; ++j) multiply(y[r][j], M, x[j]);
       }
     }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (t + 16 * r < piece.rows) store_output(piece, t + 16 * r, y[r]);
-    }
   }
 
-  // 16 steps of outputs: through the warp's stage, from where a lane takes 8 neighbours of a step.
-  __device__ __forceinline__ void store_output(const Piece& piece, int t, Product (&y)[kAcross]) {
-    const Slice to(p_.y, piece, head(), first() + column(), columns_of_head() - column());
-    const Slice z(p_.z ? p_.z : p_.y, piece, head(), first() + column(), to.columns);
-    auto& stage = own_tiles_.stage[warp()].element;
-    constexpr int kPitch = OutputStage<Kind>::kPitch, kPacks = 2 * kAcross;
+  __device__ __forceinline__ void add_skip(int t, Product (&y)[2][kAcross]) {
+    auto& value = own_value();
+    const int lane = ptx::lane();
 #pragma unroll
     for (int j = 0; j < kAcross; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &y[j].d[i / 2][i % 2 * 2];
-        const int row = ptx::lane() / 4 + i % 2 * 8, c = 16 * j + i / 2 * 8 + ptx::lane() % 4 * 2;
-        several<2>(stage[row * kPitch + c]) = {pair[0], pair[1]};
+      for (int h = 0; h < 2; ++h) {
+        const int c = column() + 16 * j + 8 * h + lane % 4 * 2;
+        const auto D = several<2>(own_tiles_.D[c]);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          float x, next;
+          value.pair(t + 8 * r + lane / 4, c, x, next);
+          float* v = &y[r / 2][j].d[h][r % 2 * 2];
+          v[0] += D.x[0] * x, v[1] += D.x[1] * next;
+        }
       }
     }
-    __syncwarp();  // the stage is filled
+  }
+
+  // Straight from the registers: bfloat16, all columns, no gate. Lanes exchange pairs with their
+  // neighbours, so that each has 4 numbers of a step and a warp fills 32 bytes of every row.
+  __device__ __forceinline__ void store_directly(const Slice& to, int t, int rows,
+                                                 const Product (&y)[2][kAcross]) {
+    const int lane = ptx::lane(), c = lane % 2 == 1 ? lane % 4 * 2 + 6 : lane % 4 * 2;
+    int row = t + lane / 4;
+    char* at = const_cast<char*>(to.data) + 2 * (row * to.step + c);
+#pragma unroll
+    for (int r = 0; r < 4; ++r, row += 8, at += 16 * to.step) {
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j) {
+        const float* low = &y[r / 2][j].d[0][r % 2 * 2];
+        const float* high = &y[r / 2][j].d[1][r % 2 * 2];
+        const uint32_t own[2] = {ptx::pack_bf16(low[0], low[1]), ptx::pack_bf16(high[0], high[1])};
+        const bool odd = lane % 2 == 1;
+        const uint32_t other = __shfl_xor_sync(kAllLanes, odd ? own[0] : own[1], 1);
+        const uint2 four = odd ? uint2{other, own[1]} : uint2{own[0], other};
+        if (row < rows) ptx::store(reinterpret_cast<uint2*>(at) + 4 * j, four);
+      }
+    }
+  }
+
+  // Any others: 16 steps at a time go through the warp's stage, from where a lane takes 8
+  // neighbours of a step.
+  __device__ __forceinline__ void store_staged(const Slice& to, const Piece& piece, int t, int rows,
+                                               const Product (&y)[2][kAcross]) {
+    auto& stage = own_tiles_.stage[warp()].element;
+    constexpr int kPitch = OutputStage<Kind>::kPitch;
+    constexpr unsigned kPacks = 2 * kAcross;
+#pragma unroll
+    for (int r = 0; r < 2; ++r, t += 16) {
+      if (t >= rows) continue;
+#pragma unroll
+      for (int j = 0; j < kAcross; ++j) {
+        const unsigned lane = unsigned(ptx::lane());
+        float* at = &stage[int(lane / 4 * kPitch + 16 * j + lane % 4 * 2)];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = &y[r][j].d[i / 2][i % 2 * 2];
+          several<2>(at[i % 2 * 8 * kPitch + i / 2 * 8]) = {pair[0], pair[1]};
+        }
+      }
+      __syncwarp();  // the stage is filled
 #pragma unroll 1
-    for (int k = ptx::lane(); k < 16 * kPacks; k += 32) {
-      const int row = k / kPacks, i = k % kPacks * 8;
-      if (t + row >= piece.rows || i >= to.columns) continue;
-      float v[8];
-#pragma unroll
-      for (int e = 0; e < 8; e += 4) {
-        const auto four = several<4>(stage[row * kPitch + i + e]);
-#pragma unroll
-        for (int f = 0; f < 4; ++f) v[e + f] = four.x[f];
+      for (unsigned k = unsigned(ptx::lane()); k < 16 * kPacks; k += 32) {
+        const int row = int(k / kPacks), i = int(k % kPacks) * 8;
+        if (t + row < rows && i < to.columns) {
+          store_neighbours(to, piece, t + row, i, &stage[row * kPitch + i]);
+        }
       }
-      if (p_.D) {
-        float x[8];
-        own_value().get(t + row, column() + i, x);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] += own_tiles_.D[column() + i + e] * x[e];
-      }
-      if (p_.z) {
-        float gate[8];
-        load_numbers(z, t + row, i, gate);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) v[e] *= silu(gate[e]);
-      }
-      store_numbers(to, t + row, i, v);
+      __syncwarp();  // it has been read
     }
-    __syncwarp();  // the stage has been read
+  }
+
+  __device__ __forceinline__ void store_neighbours(const Slice& to, const Piece& piece, int t,
+                                                   int i, float* y) {
+    float v[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) v[e] = several<4>(y[e / 4 * 4]).x[e % 4];
+    if (p_.z) {
+      float gate[8];
+      load_numbers(Slice(p_.z, piece, head(), first() + column(), to.columns), t, i, gate);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) v[e] *= silu(gate[e]);
+    }
+    store_numbers(to, t, i, v);
   }
 
   // x, of (headdim, steps), times the weights of the lane's steps.

@@ -29,7 +29,7 @@ struct HeadTiles {
   SharedArray<Decays<float>, 2> decays;  // of a piece and of the next one
   alignas(16)
       SharedArray<uint4, kBelow * Kind::kTerms * 32> M;  // [block][term][lane], as left operands
-  SharedArray<float, kP> D;
+  alignas(16) SharedArray<float, kP> D;
   // 16 steps of y on their way from a warp's registers to memory.
   alignas(16) SharedArray<OutputStage<Kind>, Kind::kHeadWarps> stage;
 };

@@ -25,6 +25,8 @@ class WarpState {
     clear();
   }
 
+  __device__ __forceinline__ int columns() const { return columns_; }  // none: 0 or less
+
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int j = 0; j < kAcross; ++j) {
