@@ -201,7 +201,7 @@ class TensorWalk {
     if (i < 0 || !stop.there || stop.piece.padding) return;
     const Piece& piece = stop.piece;
     const int threads = int(blockDim.x), states = int(p_.state), block_thread = int(threadIdx.x);
-    const int64_t group = task().head / p_.group_heads();
+    const int64_t group = task().group;
     Operands<Kind>& to = operands(i);
     auto& value = to.value[block_thread / kHeadThreads];
     const Slice key(p_.backward ? p_.C : p_.B, piece, group, 0, states);

@@ -10,7 +10,7 @@ namespace statescan::ssd_scan::cuda {
 
 // One block's share of a walk: some columns of one or more neighbouring heads along a part.
 struct WalkTask {
-  int64_t part, b, head, column;
+  int64_t part, b, head, group, column;
   int64_t begin, end;  // cells, in the order of the walk
 
   // (part, batch, head) of carry and factor.
@@ -26,6 +26,7 @@ __device__ __forceinline__ WalkTask walk_task(const WalkParams& p, int64_t i, in
   WalkTask t;
   t.column = i % columns, i /= columns;
   t.head = i % heads * heads_of_block, i /= heads;
+  t.group = t.head / p.group_heads();
   t.b = i % p.batch, t.part = i / p.batch;
   t.begin = cells * t.part / p.parts, t.end = cells * (t.part + 1) / p.parts;
   return t;

@@ -107,6 +107,30 @@ def test_several_heads_to_a_block(place, heads, dtype):
     check(place, inputs, return_final_states=True)
 
 
+@pytest.mark.parametrize("D", [0, 1, 2])
+@pytest.mark.parametrize("z", [False, True], ids=["straight", "gated"])
+def test_all_columns_of_a_warp(place, z, D):
+    """Outputs of bfloat16 go to memory from registers where there is no gate."""
+    inputs = sample(1, 52, 2, 64, 33, 1, D=D, z=z, dtype=torch.bfloat16)
+    check(place, inputs, return_final_states=True)
+
+
+@pytest.mark.parametrize("kilobytes", [99, 163])
+@pytest.mark.parametrize(
+    "dtype, state", [("bfloat16", 9), ("bfloat16", 130), ("float16", 9), ("float32", 9)]
+)
+def test_less_shared_memory(kilobytes, dtype, state):
+    """Fewer heads to a block, operands of one piece at a time, or the plain way."""
+    if not emulator.SUPPORTED:
+        pytest.skip("the emulator needs Linux on x86-64")
+    place = emulator.emulated("random", kilobytes, shared=kilobytes * 1024)
+    for heads, headdim in ((4, 5), (264, 1)):
+        inputs = sample(
+            1, 70 if heads == 4 else 3, heads, headdim, state, 1, dtype=getattr(torch, dtype)
+        )
+        check(place, inputs, return_final_states=True)
+
+
 @pytest.mark.parametrize(
     "dtypes, state, kind",
     [
@@ -357,6 +381,11 @@ def test_parts_of_many_sequences(place, reverse, dtype):
     seq_idx = torch.stack([ids((0, 20), (-1, 50), (1, 20)), ids((2, 90))])
     inputs = sample(2, 90, 2, 3, 4, decay=0.1, dtype=dtype)
     check(place, inputs, seq_idx=seq_idx, **options)
+
+
+def test_many_parts(place):
+    """More than are read at once where they are put together."""
+    check(place, sample(1, 44, 1, 2, 2, 1), chunk_size=1, return_final_states=True)
 
 
 def test_sums_over_many_cells(place):
