@@ -20,7 +20,7 @@ struct WalkKind {
 
 template <class Kind>
 struct OutputStage {
-  static constexpr int kPitch = 16 * Kind::kAcross + 8;  // stores of pairs without conflicts
+  static constexpr int kPitch = 20 * Kind::kAcross;
   SharedArray<float, 16 * kPitch> element;
 };
 
