@@ -263,47 +263,64 @@ class TensorWalk {
     }
   }
 
+  // A warp has whole rows of blocks, as many blocks as the others of its head if there are two.
   __device__ __forceinline__ void find_M(int rows) {
     Decays<float>& d = decays();
+    const int lane = ptx::lane();
 #pragma unroll 1
-    for (int block = warp(); block < kBelow; block += kHeadWarps) {
-      const int t0 = 16 * (block >= 6 ? 3 : block >= 3 ? 2 : block >= 1);
-      const int s0 = 16 * block - t0 * (t0 / 16 + 1) / 2, lane = ptx::lane();
-      if (t0 >= rows) continue;
-      Product x;
+    for (int i = 0; i < 4 / kHeadWarps; ++i) {
+      const int t = i == 0 ? 3 - warp() : warp();
+      if (16 * t >= rows) continue;
+      const float begin_high = d.high[16 * t], begin_low = d.low[16 * t];
+      float high[2], low[2], from_begin[2];  // of the lane's rows
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float4 G = tiles_.G[(2 * block + h) * 32 + lane];
-        x.d[h][0] = G.x, x.d[h][1] = G.y, x.d[h][2] = G.z, x.d[h][3] = G.w;
+      for (int r = 0; r < 2; ++r) {
+        const int after = 16 * t + lane / 4 + 8 * r + 1 - shift();
+        high[r] = d.high[after], low[r] = d.low[after];
+        from_begin[r] = exp2((high[r] - begin_high) + (low[r] - begin_low));
       }
-      float row_high[2], row_low[2];
+#pragma unroll 1
+      for (int s = 0; s < t; ++s) {
+        decay_G(t, s, [&](int step, float (&G)[2]) {
+          const float to_begin =
+              exp2((begin_high - d.high[step + 1]) + (begin_low - d.low[step + 1]));
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int t = t0 + lane / 4 + 8 * i;
-        row_high[i] = d.high[t + 1 - shift()], row_low[i] = d.low[t + 1 - shift()];
+          for (int r = 0; r < 2; ++r) G[r] *= from_begin[r] * (to_begin * d.weight[step]);
+        });
       }
-      const int t1 = t0 + lane / 4, s1 = s0 + lane % 4 * 2;
+      decay_G(t, t, [&](int step, float (&G)[2]) {
+        const float step_high = d.high[step + 1], step_low = d.low[step + 1];
+        const float weight = d.weight[step];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int s = s1 + 8 * h + e;
-          const float high = d.high[s + 1], low = d.low[s + 1], weight = d.weight[s];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int t = t1 + 8 * i;
-            const float L = exp2((row_high[i] - high) + (row_low[i] - low));
-            float& M = x.d[h][2 * i + e];
-            M = s + shift() <= t ? M * L * weight : 0.0f;
-          }
+        for (int r = 0; r < 2; ++r) {
+          const float L = exp2((high[r] - step_high) + (low[r] - step_low));
+          G[r] = step + shift() <= 16 * t + lane / 4 + 8 * r ? G[r] * L * weight : 0.0f;
         }
-      }
-      const auto M = left_terms<kTerms>(x);
+      });
+    }
+  }
+
+  // A block of G becomes one of M: decay(step, the lane's two numbers of G).
+  template <class Decay>
+  __device__ __forceinline__ void decay_G(int t, int s, Decay&& decay) {
+    const int block = t * (t + 1) / 2 + s, lane = ptx::lane();
+    Product x;
 #pragma unroll
-      for (int i = 0; i < kTerms; ++i) {
-        const uint32_t (&a)[4] = M.term[i].a;
-        own_tiles_.M[(block * kTerms + i) * 32 + lane] = {a[0], a[1], a[2], a[3]};
+    for (int h = 0; h < 2; ++h) {
+      const float4 v = tiles_.G[(2 * block + h) * 32 + lane];
+      const float rows[2][2] = {{v.x, v.z}, {v.y, v.w}};
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float G[2] = {rows[e][0], rows[e][1]};
+        decay(16 * s + 8 * h + lane % 4 * 2 + e, G);
+        x.d[h][e] = G[0], x.d[h][2 + e] = G[1];
       }
+    }
+    const auto M = left_terms<kTerms>(x);
+#pragma unroll
+    for (int i = 0; i < kTerms; ++i) {
+      const uint32_t (&a)[4] = M.term[i].a;
+      own_tiles_.M[(block * kTerms + i) * 32 + lane] = {a[0], a[1], a[2], a[3]};
     }
   }
 
