@@ -6,7 +6,7 @@
 // outputs of all steps. Warps share operands, G = C B^T (of the block) and M (of the head) and
 // nothing else. Per piece
 //
-//   wait for B, C, x | fetch the next | decays of the next, half of the warps; G, the other half
+//   wait for B, C, x | half of the warps: fetch the next; the other half: its decays, and G
 //   y = C S of 32 steps                 | M = G between w, 10 blocks of 16 x 16, warps of the head
 //   y = row y + M x + D x, gate         | the other 32 steps
 //   S = whole S + (column w x)^T B
@@ -27,9 +27,9 @@ template <class Kind>
 class TensorWalk : WalkOutputs<Kind> {
   using Base = WalkOutputs<Kind>;
   using Base::kAcross, Base::kHeadThreads, Base::kHeadWarps, Base::kTerms, Base::column,
-      Base::block_warp, Base::decays, Base::first, Base::head, Base::head_columns, Base::heads,
-      Base::operands, Base::output, Base::outputs, Base::own_value, Base::route, Base::shift,
-      Base::stop, Base::task, Base::thread, Base::warp;
+      Base::block_warp, Base::decays, Base::find_G, Base::first, Base::head, Base::head_columns,
+      Base::heads, Base::operands, Base::output, Base::outputs, Base::own_value, Base::route,
+      Base::shift, Base::stop, Base::task, Base::thread, Base::warp;
   using Base::own_tiles_, Base::p_, Base::stages_, Base::state_, Base::stop_, Base::tiles_;
   using typename Base::State;
 
@@ -133,8 +133,18 @@ class TensorWalk : WalkOutputs<Kind> {
       ptx::cp_async_wait<0>();
       __syncthreads();  // operands are in place
     }
-    look_ahead();
-    if (stop_ >= 0) walk(stop().piece);
+    // Half of the warps have fetched; the others find G and what is ahead.
+    const bool here = stop_ >= 0, ahead = stop_ == -2 || route().stop(stop_ + 1).there;
+    const int helper = block_warp() - int(blockDim.x) / 64;
+    if (helper >= 0) {
+      const bool prepares = stop_ > -2 && ahead && helper < heads();
+      GivenSteps<float> given;
+      if (prepares) given = given_steps(helper);
+      if (here && outputs() && !stop().piece.padding) find_G(helper, int(blockDim.x) / 64);
+      if (prepares) find_decays(helper, given);
+      if (ahead && block_warp() == int(blockDim.x) / 32 - 1) find_stop(p_, route(), stop_ + 2);
+    }
+    if (here) walk(stop().piece);
   }
 
   __device__ __forceinline__ void walk(const Piece& piece) {
@@ -166,39 +176,40 @@ class TensorWalk : WalkOutputs<Kind> {
     if (factor_ >= 0) factor_ *= decays().whole;
   }
 
-  // The operands of a stop, if it is there: copies that run on.
+  // The operands of a stop, if it is there: copies that run on. By half of the warps where the
+  // others have better things to do.
   __device__ __forceinline__ void fetch(int i) {
     const Stop& stop = route().stop(i);
-    if (i < 0 || !stop.there || stop.piece.padding) return;
+    const int by = stages_ == 2 && outputs() ? 2 : 1;  // one of so many threads
+    const int thread = int(threadIdx.x), threads = int(blockDim.x) / by;
+    if (i < 0 || !stop.there || stop.piece.padding || thread >= threads) return;
     const Piece& piece = stop.piece;
-    const int threads = int(blockDim.x), states = int(p_.state), block_thread = int(threadIdx.x);
-    const int64_t group = task().group;
+    const int states = int(p_.state), head_threads = kHeadThreads / by;
+    const int head_thread = thread % head_threads;
+    const int64_t group = task().group, head = task().head + thread / head_threads;
     Operands<Kind>& to = operands(i);
-    auto& value = to.value[block_thread / kHeadThreads];
+    auto& value = to.value[thread / head_threads];
     const Slice key(p_.backward ? p_.C : p_.B, piece, group, 0, states);
-    fetch_tile(key, piece, p_.backward ? shift() : 0, to.key, block_thread, threads);
+    fetch_tile(key, piece, p_.backward ? shift() : 0, to.key, thread, threads);
     if (outputs()) {
-      fetch_tile(Slice(p_.C, piece, group, 0, states), piece, shift(), to.C, block_thread, threads);
+      fetch_tile(Slice(p_.C, piece, group, 0, states), piece, shift(), to.C, thread, threads);
     }
     if (p_.backward) {
-      load_ungated(p_, piece, head(), first(), head_columns(), value, thread(), kHeadThreads);
+      load_ungated(p_, piece, head, first(), head_columns(), value, head_thread, head_threads);
     } else {
-      fetch_tile(Slice(p_.x, piece, head(), first(), head_columns()), piece, 0, value, thread(),
-                 kHeadThreads);
+      fetch_tile(Slice(p_.x, piece, head, first(), head_columns()), piece, 0, value, head_thread,
+                 head_threads);
     }
     ptx::cp_async_commit();
   }
 
-  // The decays of the next stop, by a warp for each head, and the stop after it. The other warps go
-  // on with G.
-  __device__ __forceinline__ void look_ahead() {
-    const Stop& next = route().stop(stop_ + 1);
-    if (stop_ >= -1 && !next.there) return;
-    if (block_warp() == int(blockDim.x) / 32 - 1) find_stop(p_, route(), stop_ + 2);
-    if (stop_ < -1 || next.piece.padding || block_warp() >= heads()) return;
-    const int64_t head = task().head + block_warp();
-    find_decays(p_, next.piece, head, Head<float>(p_, head),
-                tiles_.head(block_warp()).decays[(stop_ + 1) % 2]);
+  // Of the next stop, for one of the block's heads: what is given is on its way while G is found.
+  __device__ __forceinline__ GivenSteps<float> given_steps(int head) const {
+    return GivenSteps<float>(p_, route().stop(stop_ + 1).piece, task().head + head);
+  }
+  __device__ __forceinline__ void find_decays(int head, const GivenSteps<float>& given) {
+    cuda::find_decays(p_, route().stop(stop_ + 1).piece, Head<float>(p_, task().head + head), given,
+                      tiles_.head(head).decays[(stop_ + 1) % 2]);
   }
 
   // x, of (headdim, steps), times the weights of the lane's steps.

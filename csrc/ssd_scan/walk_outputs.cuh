@@ -12,48 +12,18 @@ class WalkOutputs : protected WalkWarp<Kind> {
 
  protected:
   using Base::Base;
-  using Base::kTerms, Base::kAcross, Base::kHeadThreads, Base::kHeadWarps, Base::block_warp,
-      Base::column, Base::decays, Base::first, Base::head, Base::heads, Base::operands,
-      Base::own_value, Base::shift, Base::stop, Base::warp;
+  using Base::kTerms, Base::kAcross, Base::kHeadThreads, Base::kHeadWarps, Base::column,
+      Base::decays, Base::first, Base::head, Base::operands, Base::own_value, Base::shift,
+      Base::stop, Base::warp;
   using Base::own_tiles_, Base::p_, Base::state_, Base::stop_, Base::tiles_;
   using typename Base::State;
 
-  // Outputs of 32 steps at a time: enough to do between one load and the next, and registers for it.
-  __device__ __forceinline__ void output(const Piece& piece) {
-    const bool has_columns = state_.columns() > 0;
-    const int rows = piece.rows;
-    find_G();
-#pragma unroll
-    for (int t = 0; t < kSteps; t += 32) {
-      if (t >= rows) break;
-      Product y[2][kAcross];
-      if (has_columns) state_.add_output(operands(stop_).C, t, y);
-      if (t == 0) {
-        __syncthreads();  // G is in place
-        find_M(rows);
-        ptx::barrier_sync(1 + int(threadIdx.x) / kHeadThreads, kHeadThreads);  // M is in place
-      }
-      if (!has_columns) continue;
-      add_steps(t, rows, y);
-      if (p_.D) add_skip(t, y);
-      const Slice to(p_.y, piece, head(), first() + column(), state_.columns());
-      if (kTerms == 1 && !p_.z && to.packed && to.dtype == DType::kBFloat16 &&
-          state_.columns() >= State::kColumns) {
-        store_directly(to, t, rows, y);
-      } else {
-        store_staged(to, piece, t, rows, y);
-      }
-    }
-  }
-
- private:
-  // By the warps that have no decays to find: two neighbouring blocks at a time share the rows of C
-  // and go side by side. The second may lie above the diagonal.
-  __device__ __forceinline__ void find_G() {
+  // By some warps, before output(): two neighbouring blocks at a time share the rows of C and go side
+  // by side. The second may lie above the diagonal.
+  __device__ __forceinline__ void find_G(int warp, int warps) {
     Operands<Kind>& x = operands(stop_);
-    const int warps = int(blockDim.x) / 32 - heads();
 #pragma unroll 1
-    for (int pair = block_warp() - heads(); pair >= 0 && pair < 6; pair += warps) {
+    for (int pair = warp; pair < 6; pair += warps) {
       const int t = pair < 2 ? 3 : pair < 4 ? 2 : 5 - pair, s = pair < 4 ? pair % 2 * 2 : 0;
       if (16 * t >= stop().piece.rows) continue;
       Product G[2];
@@ -80,6 +50,34 @@ class WalkOutputs : protected WalkWarp<Kind> {
     }
   }
 
+  // Outputs of 32 steps at a time: enough to do between one load and the next, and registers for it.
+  __device__ __forceinline__ void output(const Piece& piece) {
+    const bool has_columns = state_.columns() > 0;
+    const int rows = piece.rows;
+#pragma unroll
+    for (int t = 0; t < kSteps; t += 32) {
+      if (t >= rows) break;
+      Product y[2][kAcross];
+      if (has_columns) state_.add_output(operands(stop_).C, t, y);
+      if (t == 0) {
+        __syncthreads();  // G is in place
+        find_M(rows);
+        ptx::barrier_sync(1 + int(threadIdx.x) / kHeadThreads, kHeadThreads);  // M is in place
+      }
+      if (!has_columns) continue;
+      add_steps(t, rows, y);
+      if (p_.D) add_skip(t, y);
+      const Slice to(p_.y, piece, head(), first() + column(), state_.columns());
+      if (kTerms == 1 && !p_.z && to.packed && to.dtype == DType::kBFloat16 &&
+          state_.columns() >= State::kColumns) {
+        store_directly(to, t, rows, y);
+      } else {
+        store_staged(to, piece, t, rows, y);
+      }
+    }
+  }
+
+ private:
   // A warp has whole rows of blocks, as many blocks as the others of its head if there are two.
   __device__ __forceinline__ void find_M(int rows) {
     Decays<float>& d = decays();

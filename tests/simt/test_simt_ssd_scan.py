@@ -124,7 +124,7 @@ def test_less_shared_memory(kilobytes, dtype, state):
     if not emulator.SUPPORTED:
         pytest.skip("the emulator needs Linux on x86-64")
     place = emulator.emulated("random", kilobytes, shared=kilobytes * 1024)
-    for heads, headdim in ((4, 5), (264, 1)):
+    for heads, headdim in ((4, 5), (264, 1))[: 1 if state > 128 else 2]:
         inputs = sample(
             1, 70 if heads == 4 else 3, heads, headdim, state, 1, dtype=getattr(torch, dtype)
         )
