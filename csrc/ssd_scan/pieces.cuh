@@ -49,9 +49,10 @@ struct Piece {
 // What the cell's rows are, and the step after them.
 using Marks = SharedArray<int, kTile + 1>;
 
-// By all threads of the block, or by some; a barrier before the marks are read.
+// By so many threads; a barrier before the marks are read.
 __device__ __forceinline__ void load_marks(const Inputs& p, int64_t b, const Cell& cell,
-                                           Marks& marks, int thread, int threads) {
+                                           Marks& marks, int thread = int(threadIdx.x),
+                                           int threads = int(blockDim.x)) {
   for (int i = thread; i <= cell.rows; i += threads) {
     const int64_t t = p.reverse ? cell.begin + cell.rows - 1 - i : cell.begin + i;
     const bool there = t >= 0 && t < p.seqlen;
@@ -64,10 +65,6 @@ __device__ __forceinline__ void load_marks(const Inputs& p, int64_t b, const Cel
     }
     marks[i] = mark;
   }
-}
-__device__ __forceinline__ void load_marks(const Inputs& p, int64_t b, const Cell& cell,
-                                           Marks& marks) {
-  load_marks(p, b, cell, marks, int(threadIdx.x), int(blockDim.x));
 }
 
 class Pieces {
