@@ -25,7 +25,7 @@ struct OnDevice {
   cudaStream_t stream = nullptr;
 };
 
-inline int64_t shared_memory_of_block(const Tensor&) { return 227 * 1024; }  // an H100's
+inline int64_t shared_memory_of_block(const Tensor&) { return simt::shared_of_block(); }
 
 #else
 

@@ -34,6 +34,17 @@ struct Inputs : Shape {
 
   int64_t shared_bytes;  // that a block may have on this device
 
+  // Terms of bfloat16 that hold x, B and C as factors on tensor cores; 0: none do (common/mma.cuh).
+  int terms() const {
+    if (compute != DType::kFloat32 || state > kMostStates) return 0;
+    int most = 1;
+    for (DType t : {x.dtype, B.dtype, C.dtype}) {
+      const int own = t == DType::kFloat32 ? 3 : t == DType::kFloat16 ? 2 : 1;
+      most = own > most ? own : most;
+    }
+    return most;
+  }
+
   int64_t slots() const { return slots_per_row > 0 ? batch * slots_per_row : sequences.slots(); }
 };
 

@@ -22,7 +22,7 @@
 namespace statescan::ssd_scan::cuda {
 
 template <class R>
-struct Decays {
+struct alignas(16) Decays {
   SharedArray<R, kTile> weight,
       slope;  // the step size (1 where the decay is given), its derivative
   SharedArray<R, kTile> row, column;
@@ -66,10 +66,28 @@ __device__ __forceinline__ R warp_sum(R x) {
   return x;
 }
 
+// What is given of a head's step sizes, or log decays, to lane l: of rows 2 l and 2 l + 1.
+template <class R>
+struct GivenSteps {
+  R x[2];
+
+  GivenSteps() = default;
+  __device__ __forceinline__ GivenSteps(const Inputs& p, const Piece& piece, int64_t head) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int i = 2 * (int(threadIdx.x) % 32) + e;
+      const View<3>& dt = p.dt;
+      const int64_t at =
+          piece.b * dt.stride[0] + piece.time(i) * dt.stride[1] + head * dt.stride[2];
+      x[e] = i < piece.rows ? load_element<R>(dt.data, dt.dtype, at) : R(0);
+    }
+  }
+};
+
 // Rows beyond the last one have no weight, and decays that are finite.
 template <class R>
-__device__ __forceinline__ void find_decays(const Inputs& p, const Piece& piece, int64_t head,
-                                            const Head<R>& own, Decays<R>& d) {
+__device__ __forceinline__ void find_decays(const Inputs& p, const Piece& piece, const Head<R>& own,
+                                            const GivenSteps<R>& given, Decays<R>& d) {
   const int lane = int(threadIdx.x) % 32;
   const double scale = p.has_dt ? double(own.A) * kLog2e : kLog2e;
   double log2[2] = {};
@@ -78,10 +96,7 @@ __device__ __forceinline__ void find_decays(const Inputs& p, const Piece& piece,
     const int i = 2 * lane + e;
     R w = 0, slope = 0;
     if (i < piece.rows) {
-      const View<3>& dt = p.dt;
-      w = load_element<R>(
-          dt.data, dt.dtype,
-          piece.b * dt.stride[0] + piece.time(i) * dt.stride[1] + head * dt.stride[2]);
+      w = given.x[e];
       if (p.has_dt) {
         w = step_size(w, own.bias, p.dt_softplus, R(p.dt_min), R(p.dt_max), slope);
       }
@@ -112,6 +127,11 @@ __device__ __forceinline__ void find_decays(const Inputs& p, const Piece& piece,
     }
     previous = here;
   }
+}
+template <class R>
+__device__ __forceinline__ void find_decays(const Inputs& p, const Piece& piece, int64_t head,
+                                            const Head<R>& own, Decays<R>& d) {
+  find_decays(p, piece, own, GivenSteps<R>(p, piece, head), d);
 }
 
 // What the gradient of the decays is made of, see docs/ssd_scan.md.

@@ -9,6 +9,7 @@ namespace statescan::ssd_scan::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kAhead = 8;  // parts that are read at once: their loads wait for one another no more
 
 // Thread: one number of the state of a head, along all parts. The end of the walk through each part
 // becomes what enters the next one; the first part's already is.
@@ -22,10 +23,19 @@ __global__ __launch_bounds__(kThreads) void carry_kernel(const WalkParams p, Div
     int64_t element;
     const int64_t row = state_size.divide(i, element), rows = p.batch * p.heads;
     R S = carry[tasks + i];
-    for (int64_t part = 2; part < p.parts; ++part) {
-      const R a = factor[part * rows + row], walked = carry[part * tasks + i];
-      S = a < 0 ? walked : a * S + walked;
-      carry[part * tasks + i] = S;
+    for (int64_t first = 2; first < p.parts; first += kAhead) {
+      R a[kAhead], walked[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        if (first + k >= p.parts) break;
+        a[k] = factor[(first + k) * rows + row], walked[k] = carry[(first + k) * tasks + i];
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        if (first + k >= p.parts) break;
+        S = a[k] < 0 ? walked[k] : a[k] * S + walked[k];
+        carry[(first + k) * tasks + i] = S;
+      }
     }
   }
 }

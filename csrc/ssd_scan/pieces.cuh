@@ -49,10 +49,11 @@ struct Piece {
 // What the cell's rows are, and the step after them.
 using Marks = SharedArray<int, kTile + 1>;
 
-// By all threads of the block; a barrier before the marks are read.
+// By so many threads; a barrier before the marks are read.
 __device__ __forceinline__ void load_marks(const Inputs& p, int64_t b, const Cell& cell,
-                                           Marks& marks) {
-  for (int i = int(threadIdx.x); i <= cell.rows; i += int(blockDim.x)) {
+                                           Marks& marks, int thread = int(threadIdx.x),
+                                           int threads = int(blockDim.x)) {
+  for (int i = thread; i <= cell.rows; i += threads) {
     const int64_t t = p.reverse ? cell.begin + cell.rows - 1 - i : cell.begin + i;
     const bool there = t >= 0 && t < p.seqlen;
     int mark = there ? 0 : int(kStart);

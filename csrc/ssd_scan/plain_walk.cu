@@ -226,7 +226,7 @@ void plain_walk(const WalkParams& p, cudaStream_t stream) {
   const int64_t tasks = tasks_of(p);
   auto run = [&](auto* type) {
     using R = std::remove_pointer_t<decltype(type)>;
-    launch("ssd_scan walk", plain_walk_kernel<R>, std::min(blocks_for(tasks, 1), room.blocks),
+    launch("ssd_scan plain walk", plain_walk_kernel<R>, std::min(blocks_for(tasks, 1), room.blocks),
            kPlainThreads, room.is_shared ? size_t(room.elements * sizeof(R)) : 0, stream, p,
            room.elements, tasks);
   };

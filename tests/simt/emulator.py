@@ -27,6 +27,7 @@ CSRC = ROOT / "csrc"
 COMPILER = os.environ.get("CXX", "g++")
 SUPPORTED = platform.machine() == "x86_64" and sys.platform == "linux"
 
+SHARED = 227 * 1024  # bytes that a block may have: an H100's
 POLICIES = {"forward": 0, "reverse": 1, "random": 2}
 
 FLAGS = [
@@ -157,6 +158,7 @@ def library():
     lib.machine = ctypes.CDLL(str(path.with_name("machine.so")))
     lib.machine.simt_host_fault.restype = ctypes.c_char_p
     lib.machine.simt_launched.restype = ctypes.c_char_p
+    lib.machine.simt_shared_limit.argtypes = [ctypes.c_long]
     lib.machine.simt_schedule.argtypes = [ctypes.c_int, ctypes.c_uint, ctypes.c_int]
     for cases in ("conformance", "faults"):
         getattr(lib, f"{cases}_name").restype = ctypes.c_char_p
@@ -178,8 +180,9 @@ def with_lines(report):
     return re.sub(r"pc:(0x[0-9a-f]+)", line, report)
 
 
-def set_schedule(policy="forward", seed=0, resident=1):
+def set_schedule(policy="forward", seed=0, resident=1, shared=SHARED):
     library().machine.simt_schedule(POLICIES[policy], seed, resident)
+    library().machine.simt_shared_limit(shared)
 
 
 def cases(prefix):
@@ -209,9 +212,9 @@ def launched():
 class Emulated(TorchDispatchMode):
     """Within it, statescan's operators on CPU tensors run their CUDA side on the emulator."""
 
-    def __init__(self, policy="forward", seed=0, resident=2):
+    def __init__(self, policy="forward", seed=0, resident=2, shared=SHARED):
         super().__init__()
-        set_schedule(policy, seed, resident)
+        set_schedule(policy, seed, resident, shared)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "statescan":
@@ -230,9 +233,9 @@ class Emulated(TorchDispatchMode):
         return out
 
 
-def emulated(policy, seed):
+def emulated(policy, seed, **machine):
     """Calls functions on the emulator, as the fixture `place` does."""
-    mode = Emulated(policy, seed)
+    mode = Emulated(policy, seed, **machine)
 
     def run(f, *args, **kwargs):
         with mode:

@@ -54,7 +54,7 @@ FAULTS = {
     ("stage", 3): "data race on shared memory",
     ("stage", 4): "misaligned cp.async",
     ("host", 1): "no such block size",
-    ("host", 2): "more than 227 KiB of shared memory",
+    ("host", 2): "more shared memory than a block may have",
     ("host", 3): "host code makes a write of device memory",
 }
 

@@ -14,6 +14,9 @@ void simt_schedule(int policy, unsigned seed, int resident) {
   simt::schedule = {simt::Policy(policy), seed, resident};
 }
 
+// Bytes of shared memory that a block may have on the device.
+void simt_shared_limit(long bytes) { simt::shared_limit = bytes; }
+
 // Forgets the tensors of the last call.
 void simt_begin() {
   simt::forget_buffers();

@@ -93,6 +93,7 @@ std::string describe(const Place& place);
 std::string describe(Loc loc);
 
 // scheduler.cpp
+extern long shared_limit;     // bytes of shared memory that a block may have
 extern std::string launched;  // names of kernels, a line each
 void make_ready(Block& block, unsigned warp, unsigned lanes);
 void wait_for(const char* what, Loc at, unsigned mask);  // until made ready

@@ -12,6 +12,7 @@ namespace simt {
 
 Place* here = nullptr;
 Schedule schedule;
+long shared_limit = 227 * 1024;  // an H100's
 std::string launched;
 
 namespace {
@@ -219,11 +220,13 @@ const char* launch_error(dim3 grid, dim3 block, size_t shared_bytes) {
   if (threads == 0 || threads > 1024 || block.z > 64) return "no such block size";
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return "an empty grid";
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "the grid is too large";
-  if (shared_bytes > 227 * 1024) return "more than 227 KiB of shared memory";
+  if (shared_bytes > size_t(shared_limit)) return "more shared memory than a block may have";
   return nullptr;
 }
 
 }  // namespace
+
+long shared_of_block() { return shared_limit; }
 
 std::string describe(const Place& p) {
   char text[160];

@@ -76,6 +76,7 @@ void check_access(const void* p, size_t bytes, bool write);
 
 void* static_shared(const void* key, size_t bytes);
 void* dynamic_shared();
+long shared_of_block();  // bytes that a block may have: host code
 
 // Ends the launch with a report. Only in device code.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
