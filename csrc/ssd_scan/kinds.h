@@ -11,6 +11,9 @@ bool has_tensor_gradients(const GradientParams& p);
 
 Room plain_walk_room(const WalkParams& p);
 Room plain_gradient_room(const GradientParams& p);
+// Is it one for Hopper, and worth it?
+bool has_hopper_walk(const WalkParams& p);
+void hopper_walk(const WalkParams& p, cudaStream_t stream);
 void plain_walk(const WalkParams& p, cudaStream_t stream);
 void tensor_walk(const WalkParams& p, cudaStream_t stream);
 void tensor_gradients(const GradientParams& p, cudaStream_t stream);

@@ -204,6 +204,9 @@ def run_case(prefix, name, fault=0, policy="forward", seed=0):
         raise EmulatorError(with_lines(error))
 
 
+LAUNCHED = {}  # by operator: names of the kernels that its last call launched
+
+
 def launched():
     """Names of the kernels that the last call of an operator launched."""
     return library().machine.simt_launched().decode().splitlines()
@@ -230,6 +233,7 @@ class Emulated(TorchDispatchMode):
             raise EmulatorError(with_lines(report)) from None
         if fault := library().machine.simt_host_fault().decode():
             raise EmulatorError(with_lines(fault))
+        LAUNCHED[func._schema.name.removeprefix("statescan::")] = launched()
         return out
 
 
