@@ -79,13 +79,14 @@ __device__ __forceinline__ void stmatrix_x4_trans(void* row, const uint32_t (&r)
 // ---- products of a warpgroup, which run beside its threads
 
 // Of a bfloat16 operand in shared memory in the 128-byte swizzle: of rows of 128 bytes, eight to 1024
-// bytes, the 16-byte piece i of row r is where i ^ (r % 8) would be. `p` is 16-byte aligned, the
-// rows' memory 1024. Eight rows are followed by the next eight. Neither product has an operand of
-// more than 64 columns, for which the descriptor has the leading offset.
-__device__ __forceinline__ uint64_t wgmma_operand(const void* p) {
+// bytes, the 16-byte piece i of row r is where i ^ (r % 8) would be. `p` is aligned to 1024 bytes, and
+// the operand begins so many pieces, unswizzled, after it. Eight rows are followed by the next
+// eight. No operand here has more than 64 columns, for which there would be a leading offset.
+__device__ __forceinline__ uint64_t wgmma_operand(const void* p, int pieces = 0) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 / 16) << 32;
-  constexpr uint64_t kNoLeadingOffset = uint64_t(1) << 16;
-  return kSwizzle128 | kEightRows | kNoLeadingOffset | (shared_address(p) & 0x3ffff) / 16;
+  constexpr uint32_t kNoLeadingOffset = 1 << 16;
+  const uint32_t begin = (shared_address(p) & 0x3ffff) / 16 + uint32_t(pieces);
+  return kSwizzle128 | kEightRows | (kNoLeadingOffset | begin);
 }
 
 __device__ __forceinline__ void keep(float& x) { asm volatile("" : "+f"(x)::"memory"); }

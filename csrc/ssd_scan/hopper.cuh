@@ -8,48 +8,77 @@
 
 namespace statescan::ssd_scan::cuda {
 
-inline constexpr int kColumns = 64;  // of headdim, in a unit
-inline constexpr int kUnits = 4;     // of a block, at most: a head's columns, of heads of one group
-inline constexpr int kStages = 2;    // pieces in shared memory
+inline constexpr int kColumns = 64;                   // of headdim, in a unit
+inline constexpr int kMostUnits = 4;                  // of a block
+inline constexpr int kStages = 2;                     // pieces in shared memory
 inline constexpr int kProducers = 4, kConsumers = 8;  // warps
+
+STATESCAN_HOST_DEVICE int64_t columns_of_head(const Shape& p) {
+  return (p.headdim + kColumns - 1) / kColumns;
+}
+
+// Columns of a head.
+struct Unit {
+  int64_t head, first;
+  int columns;  // none: there is no such unit, but what would be one is computed all the same
+};
 
 // One block's share of a walk: neighbouring units of a group along a part.
 struct HopperTask {
-  int64_t part, b, group, first_unit;
+  int64_t part, b, group;
   int64_t begin, end;  // cells, in the order of the walk
-  int units;
+  SharedArray<Unit, kMostUnits> unit;
+};
 
-  __device__ __forceinline__ HopperTask(const WalkParams& p, int64_t i, int64_t units_per_block) {
-    const int64_t all = p.group_heads() * columns_of_head(p), cells = p.cells();
-    const int64_t blocks = (all + units_per_block - 1) / units_per_block;
-    first_unit = i % blocks * units_per_block, i /= blocks;
-    units = int(all - first_unit < units_per_block ? all - first_unit : units_per_block);
-    group = i % p.groups, i /= p.groups;
-    b = i % p.batch, part = i / p.batch;
-    begin = cells * part / p.parts, end = cells * (part + 1) / p.parts;
+__device__ __forceinline__ void find_task(const WalkParams& p, int64_t i, int units,
+                                          HopperTask& task) {
+  const int64_t across = columns_of_head(p), all = p.group_heads() * across, cells = p.cells();
+  const int64_t blocks = (all + units - 1) / units, first = i % blocks * units;
+  i /= blocks;
+  task.group = i % p.groups, i /= p.groups;
+  task.b = i % p.batch, task.part = i / p.batch;
+  task.begin = cells * task.part / p.parts, task.end = cells * (task.part + 1) / p.parts;
+  for (int u = 0; u < units; ++u) {
+    const bool there = first + u < all;
+    const int64_t at = there ? first + u : first;
+    Unit& unit = task.unit[u];
+    unit.head = task.group * p.group_heads() + at / across, unit.first = at % across * kColumns;
+    const int64_t left = p.headdim - unit.first;
+    unit.columns = !there ? 0 : int(left < kColumns ? left : kColumns);
   }
+}
 
-  STATESCAN_HOST_DEVICE static int64_t columns_of_head(const Shape& p) {
-    return (p.headdim + kColumns - 1) / kColumns;
-  }
-  __device__ __forceinline__ int64_t head(const Shape& p, int unit) const {
-    return group * p.group_heads() + (first_unit + unit) / columns_of_head(p);
-  }
-  __device__ __forceinline__ int64_t first_column(const Shape& p, int unit) const {
-    return (first_unit + unit) % columns_of_head(p) * kColumns;
-  }
-  __device__ __forceinline__ int columns(const Shape& p, int unit) const {
-    const int64_t left = p.headdim - first_column(p, unit);
-    return int(left < kColumns ? left : kColumns);
+// What the decays of a piece are multiplied as. Between blocks of 16 steps they are products of two
+// that meet at the first step of the later block, both at most 1 for a stable scan.
+struct alignas(16) Factors {
+  SharedArray<float, kTile> into;                 // of step s in the state
+  SharedArray<float, kTile> from_block;           // of row t, from the beginning of its block
+  SharedArray<float, 3 * (kTile - 16)> to_block;  // [block - 1][s]: of step s there, weighted
+
+  // By one warp, which has found the decays.
+  __device__ __forceinline__ void find(const WalkParams& p, Decays<float>& d) {
+    const int shift = p.shift_output ? 1 : 0;
+    auto between = [&](int after, int before) {
+      return exp2((d.high[after] - d.high[before]) + (d.low[after] - d.low[before]));
+    };
+    for (int t = ptx::lane(); t < kTile; t += 32) {
+      into[t] = p.backward ? d.row[t] : d.column[t] * d.weight[t];
+      from_block[t] = between(t + 1 - shift, t / 16 * 16);
+    }
+    for (int i = ptx::lane(); i < 3 * (kTile - 16); i += 32) {
+      const int block = i / (kTile - 16) + 1, s = i % (kTile - 16);
+      if (s < 16 * block) to_block[i] = between(16 * block, s + 1) * d.weight[s];
+    }
   }
 };
 
 // A piece and its operands. Rows and columns that are not there are 0.
-template <int kN>
+template <int kN, int kUnits>
 struct Stage {
   SwizzledTile<kSteps, kN> key, C;                            // key: B, or on the way back C
   SharedArray<SwizzledTile<kSteps, kColumns>, kUnits> value;  // x or dy
   SharedArray<Decays<float>, kUnits> decays;
+  SharedArray<Factors, kUnits> factors;
   Cell cell;
   Piece piece;  // of no rows: the end
 };
@@ -61,42 +90,38 @@ struct ProducerPlace {
   Marks marks;
 };
 
-template <int kN>
+template <int kN, int kUnits>
 struct HopperTiles {
-  SharedArray<Stage<kN>, kStages> stage;
+  SharedArray<Stage<kN, kUnits>, kStages> stage;
   SharedArray<SwizzledTile<kN, kColumns>, kUnits> S;
-  SharedArray<float, kUnits * kColumns> D;
+  alignas(16) SharedArray<float, kUnits * kColumns> D;
   SharedArray<ProducerPlace, kProducers> place;
   SharedArray<uint64_t, kStages> full, free;  // by warps
+  HopperTask task;
 };
 
 // A warp that brings a quarter of B and C and one unit's values and decays. The producers go through
 // the pieces each for itself.
-template <int kN>
+template <int kN, int kUnits>
 class Producer {
  public:
-  __device__ __forceinline__ Producer(const WalkParams& p, const HopperTask& task,
-                                      HopperTiles<kN>& tiles)
-      : p_(p),
-        task_(task),
-        tiles_(tiles),
-        unit_(int(threadIdx.x) / 32),
-        own_(p, task.head(p, is_active() ? unit_ : 0)) {}
+  __device__ __forceinline__ Producer(const WalkParams& p, HopperTiles<kN, kUnits>& tiles)
+      : p_(p), tiles_(tiles), unit_(int(threadIdx.x) / 32) {}
 
   __device__ __forceinline__ void run() {
     ProducerPlace& place = tiles_.place[unit_];
     const bool back = p_.backward;
-    for (int64_t j = task_.begin; j < task_.end; ++j) {
+    for (int64_t j = task().begin; j < task().end; ++j) {
       __syncwarp();  // the cell before is done with
       if (ptx::lane() == 0) place.cell = cell_at(p_, walked_cell(p_, j));
       __syncwarp();  // the cell is known
-      load_marks(p_, task_.b, place.cell, place.marks, ptx::lane(), 32);
+      load_marks(p_, task().b, place.cell, place.marks, ptx::lane(), 32);
       const int rows = place.cell.rows;
       for (int row = back ? rows : 0; back ? row > 0 : row < rows;) {
-        Stage<kN>& stage = next_stage();
+        Stage<kN, kUnits>& stage = next_stage();
         __syncwarp();  // the marks are in place, the piece before is done with
         if (ptx::lane() == 0) {
-          const Pieces pieces(p_, task_.b, place.cell, place.marks);
+          const Pieces pieces(p_, task().b, place.cell, place.marks);
           const Piece piece = back ? pieces.until(row) : pieces.from(row);
           place.piece = piece;
           if (unit_ == 0) stage.cell = cell_at(p_, place.cell.index), stage.piece = piece;
@@ -107,15 +132,15 @@ class Producer {
         row = back ? place.piece.row : place.piece.row + place.piece.rows;
       }
     }
-    Stage<kN>& stage = next_stage();
+    Stage<kN, kUnits>& stage = next_stage();
     if (unit_ == 0 && ptx::lane() == 0) stage.piece.rows = 0;
     publish();
   }
 
  private:
-  __device__ __forceinline__ bool is_active() const { return unit_ < task_.units; }
+  __device__ __forceinline__ HopperTask& task() const { return tiles_.task; }
 
-  __device__ __forceinline__ Stage<kN>& next_stage() {
+  __device__ __forceinline__ Stage<kN, kUnits>& next_stage() {
     ptx::mbarrier_wait(&tiles_.free[count_ % kStages], unsigned(count_ / kStages + 1) % 2);
     return tiles_.stage[count_ % kStages];
   }
@@ -128,21 +153,22 @@ class Producer {
     ++count_;
   }
 
-  __device__ __forceinline__ void bring(const Piece& piece, Stage<kN>& stage) {
+  __device__ __forceinline__ void bring(const Piece& piece, Stage<kN, kUnits>& stage) {
     const int shift = p_.shift_output ? 1 : 0, states = int(p_.state);
     constexpr int kQuarter = kSteps / kProducers;
-    copy_rows(Slice(p_.backward ? p_.C : p_.B, piece, task_.group, 0, states), piece,
+    copy_rows(Slice(p_.backward ? p_.C : p_.B, piece, task().group, 0, states), piece,
               p_.backward ? shift : 0, stage.key, kQuarter * unit_, kQuarter);
     if (!p_.backward && !p_.summarize) {
-      copy_rows(Slice(p_.C, piece, task_.group, 0, states), piece, shift, stage.C, kQuarter * unit_,
-                kQuarter);
+      copy_rows(Slice(p_.C, piece, task().group, 0, states), piece, shift, stage.C,
+                kQuarter * unit_, kQuarter);
     }
-    if (!is_active()) return;
-    const int64_t head = task_.head(p_, unit_);
-    copy_rows(Slice(p_.backward ? p_.dy : p_.x, piece, head, task_.first_column(p_, unit_),
-                    task_.columns(p_, unit_)),
-              piece, 0, stage.value[unit_], 0, kSteps);
-    find_decays(p_, piece, head, own_, stage.decays[unit_]);
+    if (unit_ >= kUnits) return;
+    const Unit& unit = task().unit[unit_];
+    copy_rows(Slice(p_.backward ? p_.dy : p_.x, piece, unit.head, unit.first, unit.columns), piece,
+              0, stage.value[unit_], 0, kSteps);
+    find_decays(p_, piece, unit.head, Head<float>(p_, unit.head), stage.decays[unit_]);
+    __syncwarp();  // the decays are found
+    stage.factors[unit_].find(p_, stage.decays[unit_]);
   }
 
   // As load_tile, of rows that are packed, by one warp.
@@ -162,10 +188,8 @@ class Producer {
   }
 
   const WalkParams& p_;
-  const HopperTask& task_;
-  HopperTiles<kN>& tiles_;
+  HopperTiles<kN, kUnits>& tiles_;
   int unit_;
-  Head<float> own_;
   int count_ = 0;  // of stages
 };
 

@@ -14,6 +14,7 @@
 // and back (dS), or for the ends of parts, without G and y. Stages go to and fro by mbarriers.
 //
 // Grid over (part, batch, group, units of a block). Shared memory: see HopperTiles.
+#include "common/lanes.cuh"
 #include "common/launch.h"
 #include "ssd_scan/hopper.cuh"
 #include "ssd_scan/kinds.h"
@@ -22,24 +23,24 @@ namespace statescan::ssd_scan::cuda {
 namespace {
 
 constexpr int kGroupThreads = 128, kThreads = 3 * kGroupThreads;
-constexpr int kGroups = 2, kOwn = kUnits / kGroups;  // warpgroups that multiply; units of each
+constexpr int kGroups = 2;  // warpgroups that multiply
 // 65536 registers of an SM: 2 x 128 x 232 and 128 x 48.
 constexpr int kConsumerRegisters = 232, kProducerRegisters = 48;
 
-template <int kN>
+template <int kN, int kUnits>
 class HopperWalk {
  public:
-  __device__ __forceinline__ HopperWalk(const WalkParams& p, const HopperTask& task,
-                                        HopperTiles<kN>& tiles)
-      : p_(p), task_(task), tiles_(tiles), group_(int(threadIdx.x) / kGroupThreads - 1) {}
+  __device__ __forceinline__ HopperWalk(const WalkParams& p, HopperTiles<kN, kUnits>& tiles)
+      : p_(p), tiles_(tiles), group_(int(threadIdx.x) / kGroupThreads - 1) {}
 
   __device__ __forceinline__ void run() {
-    const bool entered = task_.part > 0 && !p_.summarize;
+    const bool entered = task().part > 0 && !p_.summarize;
     for_own([&](int i, int unit) {
       clear(i);
+      factor_[i] = 1;
       if (!entered) return;
-      const float* carry = static_cast<const float*>(p_.carry) + carry_offset(unit);
-      for_state(i, unit, p_.headdim, 1, [&](int64_t at, float& S) { S = carry[at]; });
+      float* carry = static_cast<float*>(p_.carry) + carry_offset(unit);
+      for_state(i, unit, carry, p_.headdim, 1, [](float* at, float& S) { S = *at; });
     });
     round_state();
     for (int count = 0;; ++count) {
@@ -55,8 +56,8 @@ class HopperWalk {
     for_own([&](int i, int unit) {
       float* to = static_cast<float*>(p_.carry) + carry_offset(unit) +
                   p_.batch * p_.heads * p_.state * p_.headdim;
-      for_state(i, unit, p_.headdim, 1, [&](int64_t at, float& S) { to[at] = S; });
-      if (thread() == 0 && task_.first_column(p_, unit) == 0) {
+      for_state(i, unit, to, p_.headdim, 1, [](float* at, float& S) { *at = S; });
+      if (thread() == 0 && own(unit).first == 0 && own(unit).columns > 0) {
         static_cast<float*>(p_.factor)[head_row(unit) + p_.batch * p_.heads] = factor_[i];
       }
     });
@@ -67,9 +68,8 @@ class HopperWalk {
       clear(i);
       factor_[i] = -1;
       if (slot < 0) return;
-      const float* from = slot_state(p_.enter, slot, unit);
-      for_state(i, unit, p_.enter.stride[3], p_.enter.stride[2],
-                [&](int64_t at, float& S) { S = from[at]; });
+      for_state(i, unit, slot_state(p_.enter, slot, unit), p_.enter.stride[3], p_.enter.stride[2],
+                [](float* at, float& S) { S = *at; });
     });
     round_state();
   }
@@ -78,9 +78,8 @@ class HopperWalk {
     const bool chunk = !p_.backward && p_.chunk_states && cell.chunk_entry;
     for_own([&](int i, int unit) {
       if (chunk) {
-        float* to = chunk_state(cell, unit);
-        for_state(i, unit, p_.chunk_states.stride[4], p_.chunk_states.stride[3],
-                  [&](int64_t at, float& S) { to[at] = S; });
+        for_state(i, unit, chunk_state(cell, unit), p_.chunk_states.stride[4],
+                  p_.chunk_states.stride[3], [](float* at, float& S) { *at = S; });
       }
       if (p_.cell_states != nullptr) save_rounded(cell, unit);
     });
@@ -88,103 +87,102 @@ class HopperWalk {
 
   __device__ __forceinline__ void add_chunk_gradient(const Cell& cell) {
     for_own([&](int i, int unit) {
-      const float* from = chunk_state(cell, unit);
-      for_state(i, unit, p_.chunk_states.stride[4], p_.chunk_states.stride[3],
-                [&](int64_t at, float& S) { S += from[at]; });
+      for_state(i, unit, chunk_state(cell, unit), p_.chunk_states.stride[4],
+                p_.chunk_states.stride[3], [](float* at, float& S) { S += *at; });
     });
     round_state();
   }
 
   __device__ __forceinline__ void leave(int64_t slot) {
     for_own([&](int i, int unit) {
-      float* to = slot_state(p_.leave, slot, unit);
-      for_state(i, unit, p_.leave.stride[3], p_.leave.stride[2],
-                [&](int64_t at, float& S) { to[at] = S; });
+      for_state(i, unit, slot_state(p_.leave, slot, unit), p_.leave.stride[3], p_.leave.stride[2],
+                [](float* at, float& S) { *at = S; });
     });
   }
 
   __device__ __forceinline__ void clear_outputs(const Piece& piece) {
     for_own([&](int, int unit) {
       const Slice y = slice(p_.y, piece, unit);
-      const unsigned pairs = unsigned(y.columns + 1) / 2;
-      for (unsigned k = unsigned(thread()); k < unsigned(piece.rows) * pairs; k += kGroupThreads) {
-        store_pair(y, int(k / pairs), int(k % pairs) * 2, 0, 0);
+      const unsigned packs = unsigned(y.columns) / 8;
+      for (unsigned k = unsigned(thread()); k < unsigned(piece.rows) * packs; k += kGroupThreads) {
+        ptx::store(reinterpret_cast<uint4*>(row_of(y, int(k / packs))) + k % packs, uint4{});
       }
     });
   }
 
   __device__ __forceinline__ void advance(const Piece& piece) {
-    const bool outputs = !p_.backward && !p_.summarize;
-    GroupProduct G;
-    if (outputs) {
-      ptx::wgmma_fence(G.d);
-#pragma unroll
-      for (int k = 0; k < kN; k += 16) {
-        ptx::wgmma_64x64x16<false>(G.d, stage_->C.rows(k), stage_->key.rows(k), k > 0);
-      }
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<0>(G.d);
+    if (p_.backward || p_.summarize) {
+      for_own([&](int i, int unit) {
+        update(i, unit);
+        ptx::wgmma_wait<0>(S_[i]);
+      });
+    } else {
+      output(piece);
     }
-    for_own([&](int i, int unit) {
-      if (outputs) output(piece, unit, G);
-      update(i, unit);
-    });
     round_state();
   }
 
  private:
-  static constexpr int kPanels = kN / 64;
+  static constexpr int kPanels = kN / 64, kOwn = kUnits / kGroups;  // units of a warpgroup
 
   __device__ __forceinline__ int thread() const { return int(threadIdx.x) % kGroupThreads; }
+  __device__ __forceinline__ HopperTask& task() const { return tiles_.task; }
+  __device__ __forceinline__ Unit& own(int unit) const { return tiles_.task.unit[unit]; }
 
   // f(number among the warpgroup's units, among the block's).
   template <class F>
   __device__ __forceinline__ void for_own(F&& f) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-      const int unit = kGroups * i + group_;
-      if (unit < task_.units) f(i, unit);
+      f(i, kGroups * i + group_);
     }
   }
 
   __device__ __forceinline__ Slice slice(const View<4>& x, const Piece& piece, int unit) const {
-    return Slice(x, piece, task_.head(p_, unit), task_.first_column(p_, unit),
-                 task_.columns(p_, unit));
+    return Slice(x, piece, own(unit).head, own(unit).first, own(unit).columns);
   }
   __device__ __forceinline__ int64_t head_row(int unit) const {
-    return (task_.part * p_.batch + task_.b) * p_.heads + task_.head(p_, unit);
+    return (task().part * p_.batch + task().b) * p_.heads + own(unit).head;
   }
   __device__ __forceinline__ int64_t carry_offset(int unit) const {
-    return head_row(unit) * p_.state * p_.headdim + task_.first_column(p_, unit);
+    return head_row(unit) * p_.state * p_.headdim + own(unit).first;
   }
   __device__ __forceinline__ float* slot_state(const View<4>& x, int64_t slot, int unit) const {
-    return static_cast<float*>(x.data) + slot * x.stride[0] + task_.head(p_, unit) * x.stride[1] +
-           task_.first_column(p_, unit) * x.stride[2];
+    return static_cast<float*>(x.data) + slot * x.stride[0] + own(unit).head * x.stride[1] +
+           own(unit).first * x.stride[2];
   }
   __device__ __forceinline__ float* chunk_state(const Cell& cell, int unit) const {
     const View<5>& x = p_.chunk_states;
-    return static_cast<float*>(x.data) + task_.b * x.stride[0] + cell.chunk * x.stride[1] +
-           task_.head(p_, unit) * x.stride[2] + task_.first_column(p_, unit) * x.stride[3];
+    return static_cast<float*>(x.data) + task().b * x.stride[0] + cell.chunk * x.stride[1] +
+           own(unit).head * x.stride[2] + own(unit).first * x.stride[3];
   }
 
-  // f(offset, number) for the thread's numbers of a unit's state that there are.
+  // f(address, number) for the thread's numbers of a unit's state that there are, which begins at
+  // `state`.
   template <class F>
-  __device__ __forceinline__ void for_state(int i, int unit, int64_t state_stride,
+  __device__ __forceinline__ void for_state(int i, int unit, float* state, int64_t state_stride,
                                             int64_t column_stride, F&& f) {
-    const int columns = task_.columns(p_, unit), states = int(p_.state);
+    const int column = 16 * warp_of_group() + fragment_row(), n = fragment_column();
+    const int columns_left = own(unit).columns - column, states_left = int(p_.state) - n;
+    float* at = state + column * column_stride + n * state_stride;
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-      S_[i][panel].for_each([&](int column, int n, float& S) {
-        n += 64 * panel;
-        if (column < columns && n < states) f(n * state_stride + column * column_stride, S);
-      });
+    for (int j = 0; j < kN / 8; ++j, at = ptx::opaque(at + 8 * state_stride)) {
+      float* d = S_[i][j / 8].d + j % 8 * 4;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (8 * j + e >= states_left) continue;
+        float* here = at + e * state_stride;
+        if (columns_left > 0) f(here, d[e]);
+        if (columns_left > 8) f(here + 8 * column_stride, d[e + 2]);
+      }
     }
   }
 
   __device__ __forceinline__ void clear(int i) {
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
-      S_[i][panel].for_each([](int, int, float& S) { S = 0; });
+#pragma unroll
+      for (float& S : S_[i][panel].d) S = 0;
     }
   }
 
@@ -205,12 +203,11 @@ class HopperWalk {
   // S before the cell, for the gradients; or dS after it.
   __device__ __forceinline__ void save_rounded(const Cell& cell, int unit) {
     const int64_t row =
-        ((task_.b * p_.cells() + cell.index) * p_.heads + task_.head(p_, unit)) * p_.state;
-    BFloat16* to =
-        static_cast<BFloat16*>(p_.cell_states) + row * p_.headdim + task_.first_column(p_, unit);
+        ((task().b * p_.cells() + cell.index) * p_.heads + own(unit).head) * p_.state;
+    BFloat16* to = static_cast<BFloat16*>(p_.cell_states) + row * p_.headdim + own(unit).first;
     const bool packed = p_.headdim % 8 == 0;  // so are the columns of a unit
     const int step = packed ? 8 : 1;
-    const unsigned across = unsigned(task_.columns(p_, unit) / step);
+    const unsigned across = unsigned(own(unit).columns / step);
     for (unsigned k = unsigned(thread()); k < unsigned(p_.state) * across; k += kGroupThreads) {
       const int n = int(k / across), i = int(k % across) * step;
       if (packed) {
@@ -221,140 +218,235 @@ class HopperWalk {
     }
   }
 
-  __device__ __forceinline__ void output(const Piece& piece, int unit, GroupProduct& G) {
-    Decays<float>& d = stage_->decays[unit];
+  // Outputs and the states after the piece. Registers decide the order: M of all units instead of G,
+  // and values are weighted when M has been used. What waits here, the other warpgroup covers.
+  __device__ __forceinline__ void output(const Piece& piece) {
+    uint32_t M[kOwn][4][4];
+    mix(M);
     GroupProduct y;
+    through_state(group_, y);
+    for_own([&](int i, int unit) {
+      ptx::wgmma_wait<0>(y.d);
+      Decays<float>& d = stage_->decays[unit];
+      y.for_each_pair([&](int t, int, float& a, float& b) {
+        const float row = d.row[t];
+        a *= row, b *= row;
+      });
+      ptx::wgmma_fence(y.d, M[i]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        ptx::wgmma_64x64x16(y.d, M[i][k], stage_->value[unit].columns(16 * k));
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<0>(y.d);
+      update(i, unit);
+      store_output(y, piece, unit);
+      if (i + 1 < kOwn) through_state(unit + kGroups, y);
+      i + 1 < kOwn ? ptx::wgmma_wait<1>(S_[i]) : ptx::wgmma_wait<0>(S_[i]);
+    });
+  }
+
+  // y = C S, begun.
+  __device__ __forceinline__ void through_state(int unit, GroupProduct& y) {
     ptx::wgmma_fence(y.d);
 #pragma unroll
     for (int k = 0; k < kN; k += 16) {
       ptx::wgmma_64x64x16<true>(y.d, stage_->C.rows(k), tiles_.S[unit].columns(k), k > 0);
     }
     ptx::wgmma_commit();
-    uint32_t M[4][4];
-    mix(G, d, M);
-    ptx::wgmma_wait<0>(y.d);
-    y.for_each([&](int t, int, float& v) { v *= d.row[t]; });
-    ptx::wgmma_fence(y.d, M);
+  }
+
+  // The thread's part of M of each unit, as a left operand: nothing above the diagonal, below it in
+  // blocks of 16 x 16 products of factors.
+  __device__ __forceinline__ void mix(uint32_t (&M)[kOwn][4][4]) {
+    GroupProduct G;
+    ptx::wgmma_fence(G.d);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      ptx::wgmma_64x64x16(y.d, M[k], stage_->value[unit].columns(16 * k));
+    for (int k = 0; k < kN; k += 16) {
+      ptx::wgmma_64x64x16<false>(G.d, stage_->C.rows(k), stage_->key.rows(k), k > 0);
     }
     ptx::wgmma_commit();
-    ptx::wgmma_wait<0>(y.d);
-    store_output(y, piece, unit);
+    ptx::wgmma_wait<0>(G.d);
+    const int warp = warp_of_group(), row = fragment_row(), column = fragment_column();
+    uint32_t on_diagonal[kOwn][4];
+    mix_diagonal(G, warp, on_diagonal);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float* g = G.d + 8 * k;
+      for_own([&](int i, int unit) {
+        Factors& factors = stage_->factors[unit];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) M[i][k][j] = k == warp ? on_diagonal[i][j] : 0;
+        if (k >= warp) return;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float from = factors.from_block[16 * warp + row + j % 2 * 8];
+          const auto to =
+              several<2>(factors.to_block[48 * (warp - 1) + 16 * k + column + j / 2 * 8]);
+          M[i][k][j] = ptx::pack_bf16(g[2 * j] * (from * to.x[0]), g[2 * j + 1] * (from * to.x[1]));
+        }
+      });
+    }
   }
 
-  // The thread's part of M, as a left operand.
-  __device__ __forceinline__ void mix(GroupProduct& G, Decays<float>& d, uint32_t (&M)[4][4]) {
-    const int shift = p_.shift_output ? 1 : 0;
-    GroupProduct x;
+  // The warp's block of 16 x 16 on the diagonal, number by number.
+  __device__ __forceinline__ void mix_diagonal(const GroupProduct& G, int warp,
+                                               uint32_t (&M)[kOwn][4]) {
+    const int shift = p_.shift_output ? 1 : 0, row = fragment_row(), column = fragment_column();
+    float g[8];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) x.d[i] = G.d[i];
-    x.for_each([&](int t, int s, float& v) {
-      v = s + shift <= t ? v * d.between(t, s, shift) * d.weight[s] : 0.0f;
+    for (int j = 0; j < 8; ++j) {
+      g[j] = warp < 2 ? (warp == 0 ? G.d[j] : G.d[8 + j]) : (warp == 2 ? G.d[16 + j] : G.d[24 + j]);
+    }
+    for_own([&](int i, int unit) {
+      Decays<float>& d = stage_->decays[unit];
+      float v[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int t = 16 * warp + row + j / 2 % 2 * 8;
+        const int s = 16 * warp + column + j / 4 * 8 + j % 2;
+        const float mixed = g[j] * d.between(t, s, shift) * d.weight[s];
+        v[j] = s + shift <= t ? mixed : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) M[i][j] = ptx::pack_bf16(v[2 * j], v[2 * j + 1]);
     });
-#pragma unroll
-    for (int i = 0; i < 16; ++i) M[i / 4][i % 4] = ptx::pack_bf16(x.d[2 * i], x.d[2 * i + 1]);
   }
 
+  // A row of packs.
+  __device__ __forceinline__ static char* row_of(const Slice& x, int row) {
+    return const_cast<char*>(x.data) + 2 * x.step * row;
+  }
+
+  // Adds D x, gates and stores. Four neighbouring lanes have pairs of each 8 columns of a row, and
+  // exchange them: each gets all of every fourth 8 columns.
   __device__ __forceinline__ void store_output(GroupProduct& y, const Piece& piece, int unit) {
     const Slice to = slice(p_.y, piece, unit), gate = slice(p_.z ? p_.z : p_.y, piece, unit);
-    const int first = 16 * warp_of_group() + ptx::lane() / 4, across = ptx::lane() % 4 * 2;
+    const int first = 16 * warp_of_group() + fragment_row(), across = fragment_column();
 #pragma unroll
-    for (int i = 0; i < 32; i += 2) {
-      const int t = first + i % 4 / 2 * 8, column = across + i / 4 * 8;
-      if (t >= piece.rows || column >= to.columns) continue;
-      float a = y.d[i], b = y.d[i + 1];
-      if (p_.D) {
-        const uint32_t x = *reinterpret_cast<uint32_t*>(stage_->value[unit].at(t, column));
-        a += tiles_.D[unit * kColumns + column] * bits_to_float(x << 16);
-        b += tiles_.D[unit * kColumns + column + 1] * bits_to_float(x & 0xffff0000u);
+    for (int half = 0; half < 2; ++half) {
+      const int t = first + 8 * half;
+      const bool there = t < piece.rows;
+      uint32_t pairs[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int column = 8 * j + across;
+        float &a = y.d[4 * j + 2 * half], &b = y.d[4 * j + 2 * half + 1];
+        if (p_.D) {
+          const uint32_t x = *reinterpret_cast<uint32_t*>(stage_->value[unit].at(t, column));
+          const auto D = several<2>(tiles_.D[unit * kColumns + column]);
+          a += D.x[0] * bits_to_float(x << 16), b += D.x[1] * bits_to_float(x & 0xffff0000u);
+        }
+        if (p_.z && there && 8 * j < to.columns) {
+          const uint32_t z = *reinterpret_cast<const uint32_t*>(row_of(gate, t) + 2 * column);
+          a *= silu_of(bits_to_float(z << 16)), b *= silu_of(bits_to_float(z & 0xffff0000u));
+        }
+        pairs[j] = ptx::pack_bf16(a, b);
       }
-      if (p_.z) {
-        float z, next;
-        load_pair(gate, t, column, z, next);
-        a *= silu(z), b *= silu(next);
+#pragma unroll
+      for (int j = 0; j < 8; j += 4) {
+        exchange(&pairs[j], across / 2);
+        const int column = 8 * (j + across / 2);
+        if (there && column < to.columns) {
+          ptx::store(reinterpret_cast<uint4*>(row_of(to, t) + 2 * column),
+                     uint4{pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]});
+        }
       }
-      store_pair(to, t, column, a, b);
+    }
+  }
+  __device__ __forceinline__ static float silu_of(float z) { return z * sigmoid_for<BFloat16>(z); }
+
+  // Lane m of four gets v[m] of each: a transpose of 4 x 4.
+  __device__ __forceinline__ static void exchange(uint32_t* v, int member) {
+#pragma unroll
+    for (int by = 1; by < 4; by *= 2) {
+      const bool upper = member & by;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (i & by) continue;
+        uint32_t &low = v[i], &high = v[i + by];
+        const uint32_t other = __shfl_xor_sync(kAllLanes, upper ? low : high, by);
+        (upper ? low : high) = other;
+      }
     }
   }
 
-  // S = whole S + what each step puts into it.
+  // S = whole S + what each step puts into it, begun.
   __device__ __forceinline__ void update(int i, int unit) {
-    Decays<float>& d = stage_->decays[unit];
-    const float whole = d.whole;
-    if (factor_[i] >= 0) factor_[i] *= whole;
-    uint32_t left[4][4];
+    const float whole = stage_->decays[unit].whole;
+    Factors& factors = stage_->factors[unit];
+    const int first = 16 * warp_of_group(), step = fragment_column();
+    uint32_t values[4][4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const Left x = left_of_columns(stage_->value[unit], 16 * k, 16 * warp_of_group());
+      const Left x = left_of_columns(stage_->value[unit], 16 * k, first);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int t = 16 * k + ptx::lane() % 4 * 2 + j / 2 * 8;
-        left[k][j] = ptx::pack_bf16(bits_to_float(x.a[j] << 16) * into_state(d, t),
-                                    bits_to_float(x.a[j] & 0xffff0000u) * into_state(d, t + 1));
+        const auto into = several<2>(factors.into[16 * k + step + j / 2 * 8]);
+        values[k][j] = ptx::pack_bf16(bits_to_float(x.a[j] << 16) * into.x[0],
+                                      bits_to_float(x.a[j] & 0xffff0000u) * into.x[1]);
       }
     }
+    if (factor_[i] >= 0) factor_[i] *= whole;
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
-      S_[i][panel].for_each([&](int, int, float& S) { S *= whole; });
-      ptx::wgmma_fence(S_[i][panel].d, left);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        ptx::wgmma_64x64x16(S_[i][panel].d, left[k], stage_->key.columns(16 * k, panel));
+      for (float& S : S_[i][panel].d) S *= whole;
+    }
+    ptx::wgmma_fence(S_[i], values);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+        ptx::wgmma_64x64x16(S_[i][panel].d, values[k], stage_->key.columns(16 * k, panel));
       }
     }
     ptx::wgmma_commit();
-#pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) ptx::wgmma_wait<0>(S_[i][panel].d);
-  }
-  __device__ __forceinline__ float into_state(Decays<float>& d, int t) const {
-    return p_.backward ? d.row[t] : d.column[t] * d.weight[t];
   }
 
   const WalkParams& p_;
-  const HopperTask& task_;
-  HopperTiles<kN>& tiles_;
+  HopperTiles<kN, kUnits>& tiles_;
   int group_;  // of the warpgroups that multiply
-  Stage<kN>* stage_ = nullptr;
+  Stage<kN, kUnits>* stage_ = nullptr;
   // Of the state before the part, in the one after it; -1: a sequence starts within.
-  float factor_[kOwn] = {1, 1};
+  float factor_[kOwn];
   GroupProduct S_[kOwn][kPanels];
 };
 
-template <int kN>
-__global__ __launch_bounds__(kThreads, 1) void hopper_walk_kernel(const WalkParams p,
-                                                                  int64_t units_per_block) {
+template <int kN, int kUnits>
+__global__ __launch_bounds__(kThreads, 1) void hopper_walk_kernel(const WalkParams p) {
   if constexpr (ptx::kHopper) {
-    HopperTiles<kN>& tiles = *dynamic_shared<HopperTiles<kN>>();
-    const HopperTask task(p, blockIdx.x, units_per_block);
+    auto& tiles = *dynamic_shared<HopperTiles<kN, kUnits>>();
+    HopperTask& task = tiles.task;
+    if (threadIdx.x == 0) find_task(p, blockIdx.x, kUnits, task);
     if (threadIdx.x < kStages) {
       ptx::mbarrier_init(&tiles.full[int(threadIdx.x)], kProducers);
       ptx::mbarrier_init(&tiles.free[int(threadIdx.x)], kConsumers);
     }
-    for (int i = int(threadIdx.x); p.D && i < task.units * kColumns; i += kThreads) {
-      const int unit = i / kColumns, column = i % kColumns;
-      tiles.D[i] =
-          column < task.columns(p, unit)
-              ? load_element<float>(p.D.data, p.D.dtype,
-                                    task.head(p, unit) * p.D.stride[0] +
-                                        (task.first_column(p, unit) + column) * p.D.stride[1])
-              : 0;
+    __syncthreads();  // the task is known, the mbarriers are there
+    for (int i = int(threadIdx.x); p.D && i < kUnits * kColumns; i += kThreads) {
+      const Unit& unit = task.unit[i / kColumns];
+      const int64_t column = i % kColumns;
+      tiles.D[i] = column < unit.columns
+                       ? load_element<float>(
+                             p.D.data, p.D.dtype,
+                             unit.head * p.D.stride[0] + (unit.first + column) * p.D.stride[1])
+                       : 0;
     }
-    __syncthreads();  // the mbarriers and D are there
+    __syncthreads();  // D is there
     if (threadIdx.x < kGroupThreads) {
       ptx::have_less_registers<kProducerRegisters>();
-      Producer<kN>(p, task, tiles).run();
+      Producer<kN, kUnits>(p, tiles).run();
     } else {
       ptx::have_more_registers<kConsumerRegisters>();
-      HopperWalk<kN>(p, task, tiles).run();
+      HopperWalk<kN, kUnits>(p, tiles).run();
     }
   }
 }
 
 // Is it more than an empty kernel, as it is where it was built for another architecture?
 bool is_built() {
-  static const bool built = registers_of("ssd_scan walk", hopper_walk_kernel<64>) > 32;
+  static const bool built = registers_of("ssd_scan walk", hopper_walk_kernel<64, 2>) > 32;
   return built;
 }
 
@@ -368,37 +460,35 @@ bool is_packed(const View<4>& x) {
 // At least two thirds of a tile are used.
 bool fills(int64_t size, int64_t tile) { return 3 * size >= 2 * ((size + tile - 1) / tile * tile); }
 
-int64_t state_tile(const Shape& p) { return p.state <= 64 ? 64 : 128; }
-
 int64_t blocks(const WalkParams& p, int64_t units_per_block) {
-  const int64_t units = p.group_heads() * HopperTask::columns_of_head(p);
+  const int64_t units = p.group_heads() * columns_of_head(p);
   const int64_t parts = p.summarize ? p.parts - 1 : p.parts;
   return parts * p.batch * p.groups * ((units + units_per_block - 1) / units_per_block);
 }
 
-// Four units share more, two make more blocks: what takes less time on 132 processors, if the
-// walk with four takes 7 / 4 of that with two.
-int64_t units_per_block(const WalkParams& p) {
-  auto waves = [&](int64_t units) { return (blocks(p, units) + 131) / 132; };
-  return 7 * waves(4) <= 4 * waves(2) ? 4 : 2;
+template <int kN, int kUnits>
+void run(const WalkParams& p, cudaStream_t stream) {
+  launch("ssd_scan hopper walk", hopper_walk_kernel<kN, kUnits>, blocks(p, kUnits), kThreads,
+         sizeof(HopperTiles<kN, kUnits>), stream, p);
 }
 
+// Four units share more, two make more blocks: what takes less time on 132 processors, if the
+// walk with four takes 7 / 4 of that with two.
 template <int kN>
 void run(const WalkParams& p, cudaStream_t stream) {
-  const int64_t units = units_per_block(p);
-  launch("ssd_scan hopper walk", hopper_walk_kernel<kN>, blocks(p, units), kThreads,
-         sizeof(HopperTiles<kN>), stream, p, units);
+  auto waves = [&](int64_t units) { return (blocks(p, units) + 131) / 132; };
+  7 * waves(4) <= 4 * waves(2) ? run<kN, 4>(p, stream) : run<kN, 2>(p, stream);
 }
 
 }  // namespace
 
 bool has_hopper_walk(const WalkParams& p) {
-  if (!p.hopper || !p.bfloat16 || p.state > 128 || !is_built()) return false;
-  if (!fills(p.state, state_tile(p)) || !fills(p.headdim, kColumns)) return false;
-  if (p.group_heads() * HopperTask::columns_of_head(p) < 2) return false;
-  const View<4>& value = p.backward ? p.dy : p.x;
-  return is_packed(p.B) && is_packed(p.C) && value && is_packed(value) && !(p.backward && p.z) &&
-         int64_t(sizeof(HopperTiles<128>)) <= p.shared_bytes;
+  if (!p.hopper || !p.bfloat16 || p.state > 128 || p.headdim % 8 != 0 || !is_built()) return false;
+  if (!fills(p.state, p.state <= 64 ? 64 : 128) || !fills(p.headdim, kColumns)) return false;
+  if (p.group_heads() * columns_of_head(p) < 2 || !is_packed(p.B) || !is_packed(p.C)) return false;
+  if (int64_t(sizeof(HopperTiles<128, 4>)) > p.shared_bytes) return false;
+  if (p.backward) return p.dy && is_packed(p.dy) && !p.z;
+  return is_packed(p.x) && is_packed(p.y) && (!p.z || is_packed(p.z));
 }
 
 void hopper_walk(const WalkParams& p, cudaStream_t stream) {

@@ -582,14 +582,12 @@ __global__ void __launch_bounds__(256, 2)
     ptx::wgmma_fence(d, left);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const uint16_t *by_row = &s.b[group].element[16 * k],
-                     *by_depth = &s.b[group].element[1024 * k];
-      const uint64_t rows = ptx::wgmma_operand(&s.a[group].element[16 * k]);
-      if (form == kRows) ptx::wgmma_64x64x16<false>(d, rows, ptx::wgmma_operand(by_row), k > 0);
-      if (form == kDepthFirst) {
-        ptx::wgmma_64x64x16<true>(d, rows, ptx::wgmma_operand(by_depth), k > 0);
-      }
-      if (form == kRegisters) ptx::wgmma_64x64x16(d, left[k], ptx::wgmma_operand(by_depth));
+      const uint64_t rows = ptx::wgmma_operand(&s.a[group], 2 * k);
+      const uint64_t by_row = ptx::wgmma_operand(&s.b[group], 2 * k);
+      const uint64_t by_depth = ptx::wgmma_operand(&s.b[group], 128 * k);
+      if (form == kRows) ptx::wgmma_64x64x16<false>(d, rows, by_row, k > 0);
+      if (form == kDepthFirst) ptx::wgmma_64x64x16<true>(d, rows, by_depth, k > 0);
+      if (form == kRegisters) ptx::wgmma_64x64x16(d, left[k], by_depth);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>(d);

@@ -23,7 +23,7 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity, SIMT_LOC);
 void fence_proxy_async();
 void stmatrix_x4_trans(void* row, const uint32_t (&r)[4], SIMT_LOC);
 
-uint64_t wgmma_operand(const void* p);
+uint64_t wgmma_operand(const void* p, int pieces = 0);
 void hand_over(const void* registers, size_t bytes);
 void begin_products(SIMT_LOC);
 void wgmma_commit(SIMT_LOC);
@@ -32,6 +32,8 @@ void hand_back(const void* registers, size_t bytes, simt::Loc loc);
 void product(float* d, bool a_is_shared, uint64_t a, const uint32_t* a_registers, uint64_t b,
              bool depth_first, bool add, simt::Loc loc);
 
+template <class Registers>
+void keep(Registers&) {}
 template <class... Registers>
 void wgmma_fence(Registers&... x) {
   (hand_over(&x, sizeof(x)), ...);

@@ -192,11 +192,14 @@ bool is_handed_over(const void* registers) {
 
 void fence_proxy_async() { simt::checker::fence_proxy_async(); }
 
-uint64_t wgmma_operand(const void* p) {
+uint64_t wgmma_operand(const void* p, int pieces) {
   const auto offset =
       uint64_t(static_cast<const char*>(p) - simt::self()->block->shared.front()->data);
-  if (offset % 16 != 0 || offset >= 1 << 18) simt::fail("an operand of wgmma is where none can be");
-  return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16 | offset / 16;
+  if (offset % 1024 != 0 || offset + uint64_t(16 * pieces) >= 1 << 18) {
+    simt::fail("an operand of wgmma is where none can be");
+  }
+  return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16 |
+         (offset / 16 + uint64_t(pieces));
 }
 
 void hand_over(const void* registers, size_t bytes) {
