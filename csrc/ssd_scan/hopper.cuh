@@ -85,6 +85,7 @@ struct Stage {
 
 // Where a producer is.
 struct ProducerPlace {
+  int walked;  // cells
   Cell cell;
   Piece piece;
   Marks marks;
@@ -98,6 +99,9 @@ struct HopperTiles {
   SharedArray<ProducerPlace, kProducers> place;
   SharedArray<uint64_t, kStages> full, free;  // by warps
   HopperTask task;
+  // Of the state before the part, in the one after it; -1: a sequence starts within. For the first
+  // thread of a unit's warpgroup.
+  SharedArray<float, kUnits> factor;
 };
 
 // A warp that brings a quarter of B and C and one unit's values and decays. The producers go through
@@ -111,9 +115,12 @@ class Producer {
   __device__ __forceinline__ void run() {
     ProducerPlace& place = tiles_.place[unit_];
     const bool back = p_.backward;
-    for (int64_t j = task().begin; j < task().end; ++j) {
-      __syncwarp();  // the cell before is done with
-      if (ptx::lane() == 0) place.cell = cell_at(p_, walked_cell(p_, j));
+    if (ptx::lane() == 0) place.walked = 0;
+    __syncwarp();                                            // the place is known
+    while (place.walked < int(task().end - task().begin)) {  // no memory has room for 2^31 cells
+      if (ptx::lane() == 0) {
+        place.cell = cell_at(p_, walked_cell(p_, task().begin + place.walked));
+      }
       __syncwarp();  // the cell is known
       load_marks(p_, task().b, place.cell, place.marks, ptx::lane(), 32);
       const int rows = place.cell.rows;
@@ -131,6 +138,9 @@ class Producer {
         publish();
         row = back ? place.piece.row : place.piece.row + place.piece.rows;
       }
+      __syncwarp();  // the cell is done with
+      if (ptx::lane() == 0) ++place.walked;
+      __syncwarp();  // on to the next
     }
     Stage<kN, kUnits>& stage = next_stage();
     if (unit_ == 0 && ptx::lane() == 0) stage.piece.rows = 0;

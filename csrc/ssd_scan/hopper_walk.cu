@@ -31,26 +31,27 @@ template <int kN, int kUnits>
 class HopperWalk {
  public:
   __device__ __forceinline__ HopperWalk(const WalkParams& p, HopperTiles<kN, kUnits>& tiles)
-      : p_(p), tiles_(tiles), group_(int(threadIdx.x) / kGroupThreads - 1) {}
+      : p_(p),
+        tiles_(tiles),
+        group_(__shfl_sync(kAllLanes, int(threadIdx.x) / kGroupThreads - 1, 0)) {}
 
   __device__ __forceinline__ void run() {
     const bool entered = task().part > 0 && !p_.summarize;
     for_own([&](int i, int unit) {
       clear(i);
-      factor_[i] = 1;
+      if (thread() == 0) tiles_.factor[unit] = 1;
       if (!entered) return;
       float* carry = static_cast<float*>(p_.carry) + carry_offset(unit);
       for_state(i, unit, carry, p_.headdim, 1, [](float* at, float& S) { S = *at; });
     });
     round_state();
     for (int count = 0;; ++count) {
-      const int at = count % kStages;
-      ptx::mbarrier_wait(&tiles_.full[at], unsigned(count / kStages) % 2);
-      stage_ = &tiles_.stage[at];
-      if (stage_->piece.rows == 0) break;
-      walk_piece(p_, stage_->cell, stage_->piece, *this);
+      at_ = count % kStages;
+      ptx::mbarrier_wait(&tiles_.full[at_], unsigned(count / kStages) % 2);
+      if (stage().piece.rows == 0) break;
+      walk_piece(p_, stage().cell, stage().piece, *this);
       __syncwarp();  // the warp is done with the stage
-      if (ptx::lane() == 0) ptx::mbarrier_arrive(&tiles_.free[at]);
+      if (ptx::lane() == 0) ptx::mbarrier_arrive(&tiles_.free[at_]);
     }
     if (!p_.summarize) return;
     for_own([&](int i, int unit) {
@@ -58,7 +59,7 @@ class HopperWalk {
                   p_.batch * p_.heads * p_.state * p_.headdim;
       for_state(i, unit, to, p_.headdim, 1, [](float* at, float& S) { *at = S; });
       if (thread() == 0 && own(unit).first == 0 && own(unit).columns > 0) {
-        static_cast<float*>(p_.factor)[head_row(unit) + p_.batch * p_.heads] = factor_[i];
+        static_cast<float*>(p_.factor)[head_row(unit) + p_.batch * p_.heads] = tiles_.factor[unit];
       }
     });
   }
@@ -66,7 +67,7 @@ class HopperWalk {
   __device__ __forceinline__ void restart(int64_t slot) {
     for_own([&](int i, int unit) {
       clear(i);
-      factor_[i] = -1;
+      if (thread() == 0) tiles_.factor[unit] = -1;
       if (slot < 0) return;
       for_state(i, unit, slot_state(p_.enter, slot, unit), p_.enter.stride[3], p_.enter.stride[2],
                 [](float* at, float& S) { S = *at; });
@@ -127,6 +128,7 @@ class HopperWalk {
 
   __device__ __forceinline__ int thread() const { return int(threadIdx.x) % kGroupThreads; }
   __device__ __forceinline__ HopperTask& task() const { return tiles_.task; }
+  __device__ __forceinline__ Stage<kN, kUnits>& stage() const { return tiles_.stage[at_]; }
   __device__ __forceinline__ Unit& own(int unit) const { return tiles_.task.unit[unit]; }
 
   // f(number among the warpgroup's units, among the block's).
@@ -227,7 +229,7 @@ class HopperWalk {
     through_state(group_, y);
     for_own([&](int i, int unit) {
       ptx::wgmma_wait<0>(y.d);
-      Decays<float>& d = stage_->decays[unit];
+      Decays<float>& d = stage().decays[unit];
       y.for_each_pair([&](int t, int, float& a, float& b) {
         const float row = d.row[t];
         a *= row, b *= row;
@@ -235,12 +237,12 @@ class HopperWalk {
       ptx::wgmma_fence(y.d, M[i]);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        ptx::wgmma_64x64x16(y.d, M[i][k], stage_->value[unit].columns(16 * k));
+        ptx::wgmma_64x64x16(y.d, M[i][k], stage().value[unit].columns(16 * k));
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>(y.d);
-      update(i, unit);
       store_output(y, piece, unit);
+      update(i, unit);
       if (i + 1 < kOwn) through_state(unit + kGroups, y);
       i + 1 < kOwn ? ptx::wgmma_wait<1>(S_[i]) : ptx::wgmma_wait<0>(S_[i]);
     });
@@ -251,7 +253,7 @@ class HopperWalk {
     ptx::wgmma_fence(y.d);
 #pragma unroll
     for (int k = 0; k < kN; k += 16) {
-      ptx::wgmma_64x64x16<true>(y.d, stage_->C.rows(k), tiles_.S[unit].columns(k), k > 0);
+      ptx::wgmma_64x64x16<true>(y.d, stage().C.rows(k), tiles_.S[unit].columns(k), k > 0);
     }
     ptx::wgmma_commit();
   }
@@ -263,7 +265,7 @@ class HopperWalk {
     ptx::wgmma_fence(G.d);
 #pragma unroll
     for (int k = 0; k < kN; k += 16) {
-      ptx::wgmma_64x64x16<false>(G.d, stage_->C.rows(k), stage_->key.rows(k), k > 0);
+      ptx::wgmma_64x64x16<false>(G.d, stage().C.rows(k), stage().key.rows(k), k > 0);
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>(G.d);
@@ -274,7 +276,7 @@ class HopperWalk {
     for (int k = 0; k < 4; ++k) {
       const float* g = G.d + 8 * k;
       for_own([&](int i, int unit) {
-        Factors& factors = stage_->factors[unit];
+        Factors& factors = stage().factors[unit];
 #pragma unroll
         for (int j = 0; j < 4; ++j) M[i][k][j] = k == warp ? on_diagonal[i][j] : 0;
         if (k >= warp) return;
@@ -299,7 +301,7 @@ class HopperWalk {
       g[j] = warp < 2 ? (warp == 0 ? G.d[j] : G.d[8 + j]) : (warp == 2 ? G.d[16 + j] : G.d[24 + j]);
     }
     for_own([&](int i, int unit) {
-      Decays<float>& d = stage_->decays[unit];
+      Decays<float>& d = stage().decays[unit];
       float v[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -333,7 +335,7 @@ class HopperWalk {
         const int column = 8 * j + across;
         float &a = y.d[4 * j + 2 * half], &b = y.d[4 * j + 2 * half + 1];
         if (p_.D) {
-          const uint32_t x = *reinterpret_cast<uint32_t*>(stage_->value[unit].at(t, column));
+          const uint32_t x = *reinterpret_cast<uint32_t*>(stage().value[unit].at(t, column));
           const auto D = several<2>(tiles_.D[unit * kColumns + column]);
           a += D.x[0] * bits_to_float(x << 16), b += D.x[1] * bits_to_float(x & 0xffff0000u);
         }
@@ -373,13 +375,13 @@ class HopperWalk {
 
   // S = whole S + what each step puts into it, begun.
   __device__ __forceinline__ void update(int i, int unit) {
-    const float whole = stage_->decays[unit].whole;
-    Factors& factors = stage_->factors[unit];
+    const float whole = stage().decays[unit].whole;
+    Factors& factors = stage().factors[unit];
     const int first = 16 * warp_of_group(), step = fragment_column();
     uint32_t values[4][4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const Left x = left_of_columns(stage_->value[unit], 16 * k, first);
+      const Left x = left_of_columns(stage().value[unit], 16 * k, first);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const auto into = several<2>(factors.into[16 * k + step + j / 2 * 8]);
@@ -387,7 +389,7 @@ class HopperWalk {
                                       bits_to_float(x.a[j] & 0xffff0000u) * into.x[1]);
       }
     }
-    if (factor_[i] >= 0) factor_[i] *= whole;
+    if (thread() == 0 && tiles_.factor[unit] >= 0) tiles_.factor[unit] *= whole;
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
@@ -398,7 +400,7 @@ class HopperWalk {
     for (int k = 0; k < 4; ++k) {
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        ptx::wgmma_64x64x16(S_[i][panel].d, values[k], stage_->key.columns(16 * k, panel));
+        ptx::wgmma_64x64x16(S_[i][panel].d, values[k], stage().key.columns(16 * k, panel));
       }
     }
     ptx::wgmma_commit();
@@ -406,10 +408,8 @@ class HopperWalk {
 
   const WalkParams& p_;
   HopperTiles<kN, kUnits>& tiles_;
-  int group_;  // of the warpgroups that multiply
-  Stage<kN, kUnits>* stage_ = nullptr;
-  // Of the state before the part, in the one after it; -1: a sequence starts within.
-  float factor_[kOwn];
+  int group_;   // of the warpgroups that multiply
+  int at_ = 0;  // the stage
   GroupProduct S_[kOwn][kPanels];
 };
 
