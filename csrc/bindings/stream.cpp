@@ -51,6 +51,10 @@ int64_t shared_memory_of_block(const Tensor& t) {
   return attribute("shared memory of a block", cudaDevAttrMaxSharedMemoryPerBlockOptin, t);
 }
 
+int64_t processors_of(const Tensor& t) {
+  return attribute("multiprocessors", cudaDevAttrMultiProcessorCount, t);
+}
+
 bool is_hopper(const Tensor& t) {
   return attribute("compute capability", cudaDevAttrComputeCapabilityMajor, t) == 9 &&
          attribute("compute capability", cudaDevAttrComputeCapabilityMinor, t) == 0;

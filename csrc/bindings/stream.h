@@ -28,6 +28,7 @@ struct OnDevice {
 };
 
 inline int64_t shared_memory_of_block(const Tensor&) { return simt::shared_of_block(); }
+inline int64_t processors_of(const Tensor&) { return simt::processors; }
 inline bool is_hopper(const Tensor&) { return true; }
 
 #else
@@ -44,6 +45,8 @@ struct OnDevice {
 
 // Bytes of shared memory that a block can have on a tensor's device.
 int64_t shared_memory_of_block(const Tensor& t);
+// Multiprocessors of the device.
+int64_t processors_of(const Tensor& t);
 // Has the device the instructions of sm_90a?
 bool is_hopper(const Tensor& t);
 

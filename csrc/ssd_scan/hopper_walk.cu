@@ -472,11 +472,11 @@ void run(const WalkParams& p, cudaStream_t stream) {
          sizeof(HopperTiles<kN, kUnits>), stream, p);
 }
 
-// Four units share more, two make more blocks: what takes less time on 132 processors, if the
-// walk with four takes 7 / 4 of that with two.
+// Four units share more, two make more blocks, and a processor has room for one: what takes less
+// time, if the walk with four takes 7 / 4 of that with two.
 template <int kN>
 void run(const WalkParams& p, cudaStream_t stream) {
-  auto waves = [&](int64_t units) { return (blocks(p, units) + 131) / 132; };
+  auto waves = [&](int64_t units) { return (blocks(p, units) + p.processors - 1) / p.processors; };
   7 * waves(4) <= 4 * waves(2) ? run<kN, 4>(p, stream) : run<kN, 2>(p, stream);
 }
 

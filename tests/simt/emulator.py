@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -183,6 +184,16 @@ def with_lines(report):
 def set_schedule(policy="forward", seed=0, resident=1, shared=SHARED):
     library().machine.simt_schedule(POLICIES[policy], seed, resident)
     library().machine.simt_shared_limit(shared)
+
+
+@contextmanager
+def processors(count):
+    """Within it, the device says that it has so many multiprocessors."""
+    library().machine.simt_processors(count)
+    try:
+        yield
+    finally:
+        library().machine.simt_processors(132)
 
 
 def cases(prefix):

@@ -5,14 +5,13 @@ import emulator
 import pytest
 import test_ssd_scan as on_cpu
 import torch
-from statescan.testing import assert_close
 from test_simt_ssd_scan import LENGTHS, REVERSE, SHORT_IDX, check
 from test_ssd_scan import cu, heads_first, ids
 
 WALK = "ssd_scan hopper walk"
 
 
-def sample(batch=1, seqlen=20, heads=2, headdim=48, state=48, groups=1, **options):
+def sample(batch=1, seqlen=20, heads=3, headdim=48, state=48, groups=1, **options):
     options.setdefault("z", False)
     return on_cpu.sample(
         batch, seqlen, heads, headdim, state, groups, dtype=torch.bfloat16, **options
@@ -28,8 +27,15 @@ def check_hopper(place, inputs, walks=1, back=True, **options):
         assert emulator.LAUNCHED["ssd_scan_bwd"].count(WALK) == (walks if back else 0)
 
 
+@pytest.fixture(params=[2, 4], ids="{}units".format)
+def units(request):
+    """Of a block, at most. Samples have three: with one processor four take less time."""
+    with emulator.processors(1 if request.param == 4 else 132):
+        yield request.param
+
+
 @pytest.mark.parametrize("seqlen", [1, 16, 17, 63, 64, 65, 130])
-def test_ragged_lengths(place, seqlen):
+def test_ragged_lengths(place, units, seqlen):
     check_hopper(place, sample(seqlen=seqlen), return_final_states=True)
 
 
@@ -49,17 +55,9 @@ def test_sizes(place, headdim, state):
     check_hopper(place, inputs, return_final_states=True)
 
 
-@pytest.mark.parametrize("heads, groups", [(2, 1), (3, 1), (4, 1), (5, 1), (4, 2), (6, 2)], ids=str)
-def test_units_of_a_block(place, heads, groups):
+@pytest.mark.parametrize("heads, groups", [(2, 1), (4, 1), (5, 1), (4, 2), (6, 2)], ids=str)
+def test_units_of_a_block(place, units, heads, groups):
     check_hopper(place, sample(2, 18, heads, 48, 48, groups), return_final_states=True)
-
-
-def test_four_units_to_a_block(place):
-    """Where there are enough of them; three to the last of each group."""
-    inputs = sample(1, 2, 2 * 263, groups=2, initial_states=False, D=0)
-    inputs = {k: v.detach() if v is not None else None for k, v in inputs.items()}
-    y = place(on_cpu.ours, **inputs)
-    assert_close("y", y, on_cpu.theirs(**on_cpu.in_double(inputs)), torch.bfloat16)
 
 
 @pytest.mark.parametrize("absent", ["D", "dt_bias", "initial_states", "dt_softplus"])
@@ -73,33 +71,33 @@ def test_each_optional_argument_absent(place, absent):
     check_hopper(place, inputs, dt_softplus=False, return_final_states=True)
 
 
-def test_gate(place):
+def test_gate(place, units):
     check_hopper(place, sample(seqlen=67, z=True), back=False, return_final_states=True)
 
 
 @REVERSE
-def test_log_decay(place, reverse):
+def test_log_decay(place, units, reverse):
     inputs = sample(seqlen=67, log_decay=True)
     check_hopper(place, inputs, return_final_states=True, reverse=reverse)
 
 
 @REVERSE
 @pytest.mark.parametrize("chunk", [7, 64, 100])
-def test_chunk_states(place, chunk, reverse):
+def test_chunk_states(place, units, chunk, reverse):
     options = {"chunk_size": chunk, "return_chunk_states": True, "reverse": reverse}
     check_hopper(place, sample(seqlen=110 if chunk > 7 else 20), **options)
 
 
 @REVERSE
 @pytest.mark.parametrize("seqlen", [1, 2, 64, 65])
-def test_shift_output(place, seqlen, reverse):
+def test_shift_output(place, units, seqlen, reverse):
     options = {"reverse": reverse, "shift_output": True, "return_final_states": True}
     check_hopper(place, sample(seqlen=seqlen), **options, return_chunk_states=True)
 
 
 @pytest.mark.parametrize("shift", [False, True], ids=["plain", "shift"])
 @REVERSE
-def test_packed_sequences(place, reverse, shift):
+def test_packed_sequences(place, units, reverse, shift):
     inputs = sample(1, sum(LENGTHS), slots=(len(LENGTHS),))
     options = {
         "cu_seqlens": cu(*LENGTHS), "reverse": reverse, "shift_output": shift,
@@ -110,7 +108,7 @@ def test_packed_sequences(place, reverse, shift):
 
 @REVERSE
 @pytest.mark.parametrize("slots, shift", [(None, False), ((4, 4), True)], ids=str)
-def test_seq_idx(place, reverse, slots, shift):
+def test_seq_idx(place, units, reverse, slots, shift):
     inputs = sample(4, 80, slots=slots)
     options = {
         "seq_idx": SHORT_IDX, "reverse": reverse, "shift_output": shift,
@@ -130,8 +128,8 @@ def test_offsets_that_make_no_sense_stay_in_bounds(place):
 
 
 @REVERSE
-def test_parts(place, reverse):
-    inputs = sample(1, 12 * 8 + 3, 2, decay=0.1)
+def test_parts(place, units, reverse):
+    inputs = sample(1, 12 * 8 + 3, decay=0.1)
     options = {"chunk_size": 12, "return_chunk_states": True, "return_final_states": True}
     check_hopper(place, inputs, walks=2, **options, reverse=reverse)
 
