@@ -468,7 +468,8 @@ int64_t blocks(const WalkParams& p, int64_t units_per_block) {
 
 template <int kN, int kUnits>
 void run(const WalkParams& p, cudaStream_t stream) {
-  launch("ssd_scan hopper walk", hopper_walk_kernel<kN, kUnits>, blocks(p, kUnits), kThreads,
+  launch(kUnits == 4 ? "ssd_scan hopper walk, 4 units" : "ssd_scan hopper walk, 2 units",
+         hopper_walk_kernel<kN, kUnits>, blocks(p, kUnits), kThreads,
          sizeof(HopperTiles<kN, kUnits>), stream, p);
 }
 

@@ -8,7 +8,7 @@ import torch
 from test_simt_ssd_scan import LENGTHS, REVERSE, SHORT_IDX, check
 from test_ssd_scan import cu, heads_first, ids
 
-WALK = "ssd_scan hopper walk"
+WALK = "ssd_scan hopper walk, {} units"
 
 
 def sample(batch=1, seqlen=20, heads=3, headdim=48, state=48, groups=1, **options):
@@ -18,13 +18,14 @@ def sample(batch=1, seqlen=20, heads=3, headdim=48, state=48, groups=1, **option
     )
 
 
-def check_hopper(place, inputs, walks=1, back=True, **options):
+def check_hopper(place, inputs, walks=1, back=True, units=2, **options):
     """As check, and it was this kernel that walked, so often, and back."""
     emulator.LAUNCHED.clear()
     check(place, inputs, **options)
     if emulator.LAUNCHED:
-        assert emulator.LAUNCHED["ssd_scan_fwd"].count(WALK) == walks
-        assert emulator.LAUNCHED["ssd_scan_bwd"].count(WALK) == (walks if back else 0)
+        walk = WALK.format(units)
+        assert emulator.LAUNCHED["ssd_scan_fwd"].count(walk) == walks
+        assert emulator.LAUNCHED["ssd_scan_bwd"].count(walk) == (walks if back else 0)
 
 
 @pytest.fixture(params=[2, 4], ids="{}units".format)
@@ -34,9 +35,9 @@ def units(request):
         yield request.param
 
 
-@pytest.mark.parametrize("seqlen", [1, 16, 17, 63, 64, 65, 130])
+@pytest.mark.parametrize("seqlen", [1, 17, 64, 130])
 def test_ragged_lengths(place, units, seqlen):
-    check_hopper(place, sample(seqlen=seqlen), return_final_states=True)
+    check_hopper(place, sample(seqlen=seqlen), units=units, return_final_states=True)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +56,9 @@ def test_sizes(place, headdim, state):
     check_hopper(place, inputs, return_final_states=True)
 
 
-@pytest.mark.parametrize("heads, groups", [(2, 1), (4, 1), (5, 1), (4, 2), (6, 2)], ids=str)
+@pytest.mark.parametrize("heads, groups", [(4, 1), (7, 1), (6, 2)], ids=str)
 def test_units_of_a_block(place, units, heads, groups):
-    check_hopper(place, sample(2, 18, heads, 48, 48, groups), return_final_states=True)
+    check_hopper(place, sample(1, 18, heads, 48, 48, groups), units=units, return_final_states=True)
 
 
 @pytest.mark.parametrize("absent", ["D", "dt_bias", "initial_states", "dt_softplus"])
@@ -71,28 +72,28 @@ def test_each_optional_argument_absent(place, absent):
     check_hopper(place, inputs, dt_softplus=False, return_final_states=True)
 
 
-def test_gate(place, units):
+def test_gate(place):
     check_hopper(place, sample(seqlen=67, z=True), back=False, return_final_states=True)
 
 
 @REVERSE
-def test_log_decay(place, units, reverse):
+def test_log_decay(place, reverse):
     inputs = sample(seqlen=67, log_decay=True)
     check_hopper(place, inputs, return_final_states=True, reverse=reverse)
 
 
 @REVERSE
-@pytest.mark.parametrize("chunk", [7, 64, 100])
+@pytest.mark.parametrize("chunk", [7, 100])
 def test_chunk_states(place, units, chunk, reverse):
     options = {"chunk_size": chunk, "return_chunk_states": True, "reverse": reverse}
-    check_hopper(place, sample(seqlen=110 if chunk > 7 else 20), **options)
+    check_hopper(place, sample(seqlen=110 if chunk > 7 else 20), units=units, **options)
 
 
 @REVERSE
-@pytest.mark.parametrize("seqlen", [1, 2, 64, 65])
+@pytest.mark.parametrize("seqlen", [1, 65])
 def test_shift_output(place, units, seqlen, reverse):
     options = {"reverse": reverse, "shift_output": True, "return_final_states": True}
-    check_hopper(place, sample(seqlen=seqlen), **options, return_chunk_states=True)
+    check_hopper(place, sample(seqlen=seqlen), units=units, **options, return_chunk_states=True)
 
 
 @pytest.mark.parametrize("shift", [False, True], ids=["plain", "shift"])
@@ -103,18 +104,17 @@ def test_packed_sequences(place, units, reverse, shift):
         "cu_seqlens": cu(*LENGTHS), "reverse": reverse, "shift_output": shift,
         "return_final_states": True, "return_chunk_states": True,
     }  # fmt: skip
-    check_hopper(place, inputs, **options)
+    check_hopper(place, inputs, units=units, **options)
 
 
 @REVERSE
-@pytest.mark.parametrize("slots, shift", [(None, False), ((4, 4), True)], ids=str)
-def test_seq_idx(place, units, reverse, slots, shift):
-    inputs = sample(4, 80, slots=slots)
+def test_seq_idx(place, units, reverse):
+    inputs = sample(4, 80, slots=(4, 4))
     options = {
-        "seq_idx": SHORT_IDX, "reverse": reverse, "shift_output": shift,
+        "seq_idx": SHORT_IDX, "reverse": reverse, "shift_output": True,
         "return_final_states": True, "return_chunk_states": True,
     }  # fmt: skip
-    check_hopper(place, inputs, **options)
+    check_hopper(place, inputs, units=units, **options)
 
 
 def test_offsets_that_make_no_sense_stay_in_bounds(place):
@@ -128,8 +128,8 @@ def test_offsets_that_make_no_sense_stay_in_bounds(place):
 
 
 @REVERSE
-def test_parts(place, units, reverse):
-    inputs = sample(1, 12 * 8 + 3, decay=0.1)
+def test_parts(place, reverse):
+    inputs = sample(1, 12 * 8 + 3, 2, decay=0.1)
     options = {"chunk_size": 12, "return_chunk_states": True, "return_final_states": True}
     check_hopper(place, inputs, walks=2, **options, reverse=reverse)
 

@@ -288,15 +288,23 @@ void access(const void* address, size_t bytes, bool write, unsigned kind, uint32
   touch(buffer->cells, buffer->bytes, p - begin, bytes, Touch(write, kind, pc, "global", false));
 }
 
-uint64_t version(const void* p, size_t bytes) {
-  SharedObject* object = shared_near(*self()->block, reinterpret_cast<uintptr_t>(p));
-  const size_t offset = size_t(static_cast<const char*>(p) - object->data);
-  uint64_t sum = 0;
-  for (size_t i = offset / kCellBytes; i < (offset + bytes) / kCellBytes; ++i) {
-    const Access& write = object->cells[i].write;
-    sum = sum * 31 + (uint64_t(write.clock) << 16 | write.thread);
+uint64_t read_operands(const std::vector<const char*>& pieces) {
+  Touch touch(false, kAsyncProxy, 0, "shared", true);
+  SharedObject* object = nullptr;
+  uint64_t version = 0;
+  for (const char* piece : pieces) {
+    if (object == nullptr || piece < object->data || piece + 16 > object->data + object->bytes) {
+      object = shared_near(*self()->block, reinterpret_cast<uintptr_t>(piece));
+      access(piece, 16, false, kAsyncProxy, 0);  // is it within one?
+    }
+    const size_t offset = size_t(piece - object->data);
+    for (size_t i = offset / kCellBytes; i < (offset + 16) / kCellBytes; ++i) {
+      Cell& cell = object->cells[i];
+      touch(cell, i * kCellBytes);
+      version = version * 31 + (uint64_t(cell.write.clock) << 16 | cell.write.thread);
+    }
   }
-  return sum;
+  return version;
 }
 
 void host_access(const void* address, size_t bytes, bool write, uint32_t pc) {

@@ -97,8 +97,9 @@ void access(const void* p, size_t bytes, bool write, unsigned kind, uint32_t pc)
 void atomic(const void* p, size_t bytes, bool write, bool acquire, bool release, uint32_t pc);
 void fence();
 void fence_proxy_async();
-// Of what was last written to a piece of shared memory: another number after another write.
-uint64_t version(const void* p, size_t bytes);
+// wgmma reads 16 bytes of shared memory at each of these places. The result is another number after
+// another write.
+uint64_t read_operands(const std::vector<const char*>& pieces);
 // An access of host code: a fault if it is to device memory.
 void host_access(const void* p, size_t bytes, bool write, uint32_t pc);
 

@@ -45,17 +45,11 @@ void each_operand_piece(const simt::WarpProduct& x, F f) {
   each_piece(x.b, x.depth_first ? kDepth : kColumns, x.depth_first ? kColumns : kDepth, f);
 }
 
-uint64_t version(const simt::WarpProduct& x) {
-  uint64_t sum = 0;
-  each_operand_piece(
-      x, [&](const char* piece, int, int) { sum = sum * 31 + simt::checker::version(piece, 16); });
-  return sum;
-}
-
-void read_operands(const simt::WarpProduct& x) {
-  each_operand_piece(x, [](const char* piece, int, int) {
-    simt::checker::access(piece, 16, false, simt::kAsyncProxy, 0);
-  });
+uint64_t read_operands(const simt::WarpProduct& x) {
+  static std::vector<const char*> pieces;
+  pieces.clear();
+  each_operand_piece(x, [](const char* piece, int, int) { pieces.push_back(piece); });
+  return simt::checker::read_operands(pieces);
 }
 
 float element(const char* piece, int i) {
@@ -79,13 +73,18 @@ void multiply(simt::WarpProduct& x) {
                  (x.depth_first ? b[row][column + i] : b[column + i][row]) = element(piece, i);
                }
              });
+  double sums[kRows][kColumns] = {};
+  for (int row = 0; row < kRows; ++row) {
+    for (int k = 0; k < kDepth; ++k) {
+      for (int column = 0; column < kColumns; ++column) {
+        sums[row][column] += double(a[row][k]) * b[k][column];
+      }
+    }
+  }
   for (int l = 0; l < 32; ++l) {
     for (int r = 0; r < kSums; ++r) {
-      const int row = l / 4 + r % 4 / 2 * 8, column = r / 4 * 8 + l % 4 * 2 + r % 2;
-      double sum = 0;
-      for (int k = 0; k < kDepth; ++k) sum += double(a[row][k]) * b[k][column];
       float& d = x.sum[size_t(l * kSums + r)];
-      d = float((x.add ? d : 0) + sum);
+      d = float((x.add ? d : 0) + sums[l / 4 + r % 4 / 2 * 8][r / 4 * 8 + l % 4 * 2 + r % 2]);
     }
   }
 }
@@ -133,8 +132,7 @@ void begin(void* const* lanes) {
     for (int l = 0; l < 32; ++l) std::copy(x.d[l], x.d[l] + kSums, &x.sum[size_t(l * kSums)]);
   }
   for (float* d : x.d) std::fill(d, d + kSums, std::numeric_limits<float>::quiet_NaN());
-  read_operands(x);
-  x.version = version(x);
+  x.version = read_operands(x);
   own.products.push_back(std::move(x));
 }
 
@@ -146,8 +144,7 @@ void finish(void* const* lanes) {
   for (size_t i = 0; i < own.products.size(); ++i) {
     simt::WarpProduct& x = own.products[i];
     if (x.complete || x.group + groups_left >= own.product_group) continue;
-    read_operands(x);
-    if (x.version != version(x)) {
+    if (x.version != read_operands(x)) {
       simt::fail("an operand of wgmma was written before the product was waited for");
     }
     for (size_t j = i; x.sum.empty() && j-- > 0;) {
