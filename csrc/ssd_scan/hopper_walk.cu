@@ -126,7 +126,9 @@ class HopperWalk {
  private:
   static constexpr int kPanels = kN / 64, kOwn = kUnits / kGroups;  // units of a warpgroup
 
-  __device__ __forceinline__ int thread() const { return int(threadIdx.x) % kGroupThreads; }
+  __device__ __forceinline__ int thread() const {
+    return ptx::opaque(int(threadIdx.x)) % kGroupThreads;
+  }
   __device__ __forceinline__ HopperTask& task() const { return tiles_.task; }
   __device__ __forceinline__ Stage<kN, kUnits>& stage() const { return tiles_.stage[at_]; }
   __device__ __forceinline__ Unit& own(int unit) const { return tiles_.task.unit[unit]; }
@@ -224,9 +226,8 @@ class HopperWalk {
   // and values are weighted when M has been used. What waits here, the other warpgroup covers.
   __device__ __forceinline__ void output(const Piece& piece) {
     uint32_t M[kOwn][4][4];
-    mix(M);
     GroupProduct y;
-    through_state(group_, y);
+    mix(M, y);
     for_own([&](int i, int unit) {
       ptx::wgmma_wait<0>(y.d);
       Decays<float>& d = stage().decays[unit];
@@ -260,7 +261,7 @@ class HopperWalk {
 
   // The thread's part of M of each unit, as a left operand: nothing above the diagonal, below it in
   // blocks of 16 x 16 products of factors.
-  __device__ __forceinline__ void mix(uint32_t (&M)[kOwn][4][4]) {
+  __device__ __forceinline__ void mix(uint32_t (&M)[kOwn][4][4], GroupProduct& y) {
     GroupProduct G;
     ptx::wgmma_fence(G.d);
 #pragma unroll
@@ -268,7 +269,8 @@ class HopperWalk {
       ptx::wgmma_64x64x16<false>(G.d, stage().C.rows(k), stage().key.rows(k), k > 0);
     }
     ptx::wgmma_commit();
-    ptx::wgmma_wait<0>(G.d);
+    through_state(group_, y);
+    ptx::wgmma_wait<1>(G.d);
     const int warp = warp_of_group(), row = fragment_row(), column = fragment_column();
     uint32_t on_diagonal[kOwn][4];
     mix_diagonal(G, warp, on_diagonal);
@@ -294,24 +296,19 @@ class HopperWalk {
   // The warp's block of 16 x 16 on the diagonal, number by number.
   __device__ __forceinline__ void mix_diagonal(const GroupProduct& G, int warp,
                                                uint32_t (&M)[kOwn][4]) {
-    const int shift = p_.shift_output ? 1 : 0, row = fragment_row(), column = fragment_column();
-    float g[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      g[j] = warp < 2 ? (warp == 0 ? G.d[j] : G.d[8 + j]) : (warp == 2 ? G.d[16 + j] : G.d[24 + j]);
-    }
+    const int shift = p_.shift_output ? 1 : 0;
+    const int row = 16 * warp + fragment_row(), column = 16 * warp + fragment_column();
+    auto mixed = [&](Decays<float>& d, int j) {
+      const int t = row + j / 2 % 2 * 8, s = column + j / 4 * 8 + j % 2;
+      const float g =
+          warp < 2 ? (warp == 0 ? G.d[j] : G.d[8 + j]) : (warp == 2 ? G.d[16 + j] : G.d[24 + j]);
+      const float v = g * d.between(t, s, shift) * d.weight[s];
+      return s + shift <= t ? v : 0;
+    };
     for_own([&](int i, int unit) {
       Decays<float>& d = stage().decays[unit];
-      float v[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int t = 16 * warp + row + j / 2 % 2 * 8;
-        const int s = 16 * warp + column + j / 4 * 8 + j % 2;
-        const float mixed = g[j] * d.between(t, s, shift) * d.weight[s];
-        v[j] = s + shift <= t ? mixed : 0;
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) M[i][j] = ptx::pack_bf16(v[2 * j], v[2 * j + 1]);
+      for (int j = 0; j < 8; j += 2) M[i][j / 2] = ptx::pack_bf16(mixed(d, j), mixed(d, j + 1));
     });
   }
 
@@ -323,12 +320,11 @@ class HopperWalk {
   // Adds D x, gates and stores. Four neighbouring lanes have pairs of each 8 columns of a row, and
   // exchange them: each gets all of every fourth 8 columns.
   __device__ __forceinline__ void store_output(GroupProduct& y, const Piece& piece, int unit) {
-    const Slice to = slice(p_.y, piece, unit), gate = slice(p_.z ? p_.z : p_.y, piece, unit);
     const int first = 16 * warp_of_group() + fragment_row(), across = fragment_column();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int t = first + 8 * half;
-      const bool there = t < piece.rows;
+      const int t = first + 8 * half, columns = t < piece.rows ? own(unit).columns : 0;
+      const char* gate = p_.z ? row_of(slice(p_.z, piece, unit), t) + 2 * across : nullptr;
       uint32_t pairs[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -339,18 +335,19 @@ class HopperWalk {
           const auto D = several<2>(tiles_.D[unit * kColumns + column]);
           a += D.x[0] * bits_to_float(x << 16), b += D.x[1] * bits_to_float(x & 0xffff0000u);
         }
-        if (p_.z && there && 8 * j < to.columns) {
-          const uint32_t z = *reinterpret_cast<const uint32_t*>(row_of(gate, t) + 2 * column);
+        if (p_.z && 8 * j < columns) {
+          const uint32_t z = *reinterpret_cast<const uint32_t*>(gate + 16 * j);
           a *= silu_of(bits_to_float(z << 16)), b *= silu_of(bits_to_float(z & 0xffff0000u));
         }
         pairs[j] = ptx::pack_bf16(a, b);
       }
+      char* to = row_of(slice(p_.y, piece, unit), t);
 #pragma unroll
       for (int j = 0; j < 8; j += 4) {
         exchange(&pairs[j], across / 2);
         const int column = 8 * (j + across / 2);
-        if (there && column < to.columns) {
-          ptx::store(reinterpret_cast<uint4*>(row_of(to, t) + 2 * column),
+        if (column < columns) {
+          ptx::store(reinterpret_cast<uint4*>(to + 2 * column),
                      uint4{pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]});
         }
       }
@@ -389,7 +386,7 @@ class HopperWalk {
                                       bits_to_float(x.a[j] & 0xffff0000u) * into.x[1]);
       }
     }
-    if (thread() == 0 && tiles_.factor[unit] >= 0) tiles_.factor[unit] *= whole;
+    if (p_.summarize && thread() == 0 && tiles_.factor[unit] >= 0) tiles_.factor[unit] *= whole;
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
