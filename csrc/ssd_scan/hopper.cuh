@@ -110,10 +110,10 @@ template <int kN, int kUnits>
 class Producer {
  public:
   __device__ __forceinline__ Producer(const WalkParams& p, HopperTiles<kN, kUnits>& tiles)
-      : p_(p), tiles_(tiles), unit_(int(threadIdx.x) / 32) {}
+      : p_(p), tiles_(tiles) {}
 
   __device__ __forceinline__ void run() {
-    ProducerPlace& place = tiles_.place[unit_];
+    ProducerPlace& place = tiles_.place[own()];
     const bool back = p_.backward;
     if (ptx::lane() == 0) place.walked = 0;
     __syncwarp();                                            // the place is known
@@ -131,7 +131,7 @@ class Producer {
           const Pieces pieces(p_, task().b, place.cell, place.marks);
           const Piece piece = back ? pieces.until(row) : pieces.from(row);
           place.piece = piece;
-          if (unit_ == 0) stage.cell = cell_at(p_, place.cell.index), stage.piece = piece;
+          if (own() == 0) stage.cell = cell_at(p_, place.cell.index), stage.piece = piece;
         }
         __syncwarp();  // the piece is known
         if (!place.piece.padding) bring(place.piece, stage);
@@ -143,12 +143,13 @@ class Producer {
       __syncwarp();  // on to the next
     }
     Stage<kN, kUnits>& stage = next_stage();
-    if (unit_ == 0 && ptx::lane() == 0) stage.piece.rows = 0;
+    if (own() == 0 && ptx::lane() == 0) stage.piece.rows = 0;
     publish();
   }
 
  private:
   __device__ __forceinline__ HopperTask& task() const { return tiles_.task; }
+  __device__ __forceinline__ static int own() { return warp_of_group(); }  // the warp's unit
 
   __device__ __forceinline__ Stage<kN, kUnits>& next_stage() {
     ptx::mbarrier_wait(&tiles_.free[count_ % kStages], unsigned(count_ / kStages + 1) % 2);
@@ -167,18 +168,18 @@ class Producer {
     const int shift = p_.shift_output ? 1 : 0, states = int(p_.state);
     constexpr int kQuarter = kSteps / kProducers;
     copy_rows(Slice(p_.backward ? p_.C : p_.B, piece, task().group, 0, states), piece,
-              p_.backward ? shift : 0, stage.key, kQuarter * unit_, kQuarter);
+              p_.backward ? shift : 0, stage.key, kQuarter * own(), kQuarter);
     if (!p_.backward && !p_.summarize) {
       copy_rows(Slice(p_.C, piece, task().group, 0, states), piece, shift, stage.C,
-                kQuarter * unit_, kQuarter);
+                kQuarter * own(), kQuarter);
     }
-    if (unit_ >= kUnits) return;
-    const Unit& unit = task().unit[unit_];
+    if (own() >= kUnits) return;
+    const Unit& unit = task().unit[own()];
     copy_rows(Slice(p_.backward ? p_.dy : p_.x, piece, unit.head, unit.first, unit.columns), piece,
-              0, stage.value[unit_], 0, kSteps);
-    find_decays(p_, piece, unit.head, Head<float>(p_, unit.head), stage.decays[unit_]);
+              0, stage.value[own()], 0, kSteps);
+    find_decays(p_, piece, unit.head, Head<float>(p_, unit.head), stage.decays[own()]);
     __syncwarp();  // the decays are found
-    stage.factors[unit_].find(p_, stage.decays[unit_]);
+    stage.factors[own()].find(p_, stage.decays[own()]);
   }
 
   // As load_tile, of rows that are packed, by one warp.
@@ -188,7 +189,7 @@ class Producer {
                                             int rows) {
     constexpr int kPacks = kAcross / 8;
     const int begin = piece.first ? shift : 0, end = piece.rows;
-#pragma unroll 4
+#pragma unroll 2
     for (int k = ptx::lane(); k < rows * kPacks; k += 32) {
       const int row = first + k / kPacks, i = k % kPacks * 8, left = x.columns - i;
       const bool there = row >= begin && row < end && left > 0;
@@ -199,7 +200,6 @@ class Producer {
 
   const WalkParams& p_;
   HopperTiles<kN, kUnits>& tiles_;
-  int unit_;
   int count_ = 0;  // of stages
 };
 

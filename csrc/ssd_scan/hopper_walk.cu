@@ -24,8 +24,11 @@ namespace {
 
 constexpr int kGroupThreads = 128, kThreads = 3 * kGroupThreads;
 constexpr int kGroups = 2;  // warpgroups that multiply
-// 65536 registers of an SM: 2 x 128 x 232 and 128 x 48.
-constexpr int kConsumerRegisters = 232, kProducerRegisters = 48;
+// A thread's registers: so many at launch, which the warpgroups share out among themselves anew. What
+// one takes another must have given back, or it waits forever.
+constexpr int kRegisters = 65536 / kThreads / 8 * 8, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 3 * kRegisters - 2 * kConsumerRegisters;
+static_assert(kProducerRegisters == 40);
 
 template <int kN, int kUnits>
 class HopperWalk {
