@@ -80,7 +80,8 @@ struct Stage {
   SharedArray<Decays<float>, kUnits> decays;
   SharedArray<Factors, kUnits> factors;
   Cell cell;
-  Piece piece;  // of no rows: the end
+  Piece piece;                      // of no rows: the end
+  SharedArray<char*, kUnits> y, z;  // the piece's first row of each unit
 };
 
 // Where a producer is.
@@ -134,6 +135,11 @@ class Producer {
           if (own() == 0) stage.cell = cell_at(p_, place.cell.index), stage.piece = piece;
         }
         __syncwarp();  // the piece is known
+        if (own() < kUnits && ptx::lane() == 0) {
+          const Unit& unit = task().unit[own()];
+          stage.y[own()] = first_row(p_.y, place.piece, unit);
+          stage.z[own()] = first_row(p_.z, place.piece, unit);
+        }
         if (!place.piece.padding) bring(place.piece, stage);
         publish();
         row = back ? place.piece.row : place.piece.row + place.piece.rows;
@@ -162,6 +168,11 @@ class Producer {
     __syncwarp();  // all that the warp brings is there, and known to the products
     if (ptx::lane() == 0) ptx::mbarrier_arrive(&tiles_.full[count_ % kStages]);
     ++count_;
+  }
+
+  __device__ __forceinline__ static char* first_row(const View<4>& x, const Piece& piece,
+                                                    const Unit& unit) {
+    return const_cast<char*>(Slice(x, piece, unit.head, unit.first, unit.columns).data);
   }
 
   __device__ __forceinline__ void bring(const Piece& piece, Stage<kN, kUnits>& stage) {

@@ -106,10 +106,10 @@ class HopperWalk {
 
   __device__ __forceinline__ void clear_outputs(const Piece& piece) {
     for_own([&](int, int unit) {
-      const Slice y = slice(p_.y, piece, unit);
-      const unsigned packs = unsigned(y.columns) / 8;
+      const unsigned packs = unsigned(own(unit).columns) / 8;
       for (unsigned k = unsigned(thread()); k < unsigned(piece.rows) * packs; k += kGroupThreads) {
-        ptx::store(reinterpret_cast<uint4*>(row_of(y, int(k / packs))) + k % packs, uint4{});
+        char* row = stage().y[unit] + k / packs * row_bytes(p_.y);
+        ptx::store(reinterpret_cast<uint4*>(row) + k % packs, uint4{});
       }
     });
   }
@@ -145,9 +145,6 @@ class HopperWalk {
     }
   }
 
-  __device__ __forceinline__ Slice slice(const View<4>& x, const Piece& piece, int unit) const {
-    return Slice(x, piece, own(unit).head, own(unit).first, own(unit).columns);
-  }
   __device__ __forceinline__ int64_t head_row(int unit) const {
     return (task().part * p_.batch + task().b) * p_.heads + own(unit).head;
   }
@@ -315,51 +312,70 @@ class HopperWalk {
     });
   }
 
-  // A row of packs.
-  __device__ __forceinline__ static char* row_of(const Slice& x, int row) {
-    return const_cast<char*>(x.data) + 2 * x.step * row;
+  // y += D x.
+  __device__ __forceinline__ void add_skip(GroupProduct& y, int unit) {
+    y.for_each_pair([&](int t, int column, float& a, float& b) {
+      const uint32_t x = *reinterpret_cast<uint32_t*>(stage().value[unit].at(t, column));
+      const auto D = several<2>(tiles_.D[unit * kColumns + column]);
+      a += D.x[0] * bits_to_float(x << 16), b += D.x[1] * bits_to_float(x & 0xffff0000u);
+    });
   }
 
-  // Adds D x, gates and stores. Four neighbouring lanes have pairs of each 8 columns of a row, and
-  // exchange them: each gets all of every fourth 8 columns.
-  __device__ __forceinline__ void store_output(GroupProduct& y, const Piece& piece, int unit) {
+  // y *= silu(z).
+  __device__ __forceinline__ void gate(GroupProduct& y, const Piece& piece, int unit) {
     const int first = 16 * warp_of_group() + fragment_row(), across = fragment_column();
+    const int columns = own(unit).columns;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int t = first + 8 * half, columns = t < piece.rows ? own(unit).columns : 0;
-      const char* gate = p_.z ? row_of(slice(p_.z, piece, unit), t) + 2 * across : nullptr;
-      uint32_t pairs[8];
+      const int t = first + 8 * half;
+      if (t >= piece.rows) continue;
+      const char* row = stage().z[unit] + t * row_bytes(p_.z) + 2 * across;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        const int column = 8 * j + across;
-        float &a = y.d[4 * j + 2 * half], &b = y.d[4 * j + 2 * half + 1];
-        if (p_.D) {
-          const uint32_t x = *reinterpret_cast<uint32_t*>(stage().value[unit].at(t, column));
-          const auto D = several<2>(tiles_.D[unit * kColumns + column]);
-          a += D.x[0] * bits_to_float(x << 16), b += D.x[1] * bits_to_float(x & 0xffff0000u);
-        }
-        if (p_.z && 8 * j < columns) {
-          const uint32_t z = *reinterpret_cast<const uint32_t*>(gate + 16 * j);
-          a *= silu_of(bits_to_float(z << 16)), b *= silu_of(bits_to_float(z & 0xffff0000u));
-        }
-        pairs[j] = ptx::pack_bf16(a, b);
-      }
-      char* to = row_of(slice(p_.y, piece, unit), t);
-#pragma unroll
-      for (int j = 0; j < 8; j += 4) {
-        exchange(&pairs[j], across / 2);
-        const int column = 8 * (j + across / 2);
-        if (column < columns) {
-          ptx::store(reinterpret_cast<uint4*>(to + 2 * column),
-                     uint4{pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]});
-        }
+        if (8 * j >= columns) continue;
+        const uint32_t z = *reinterpret_cast<const uint32_t*>(row + 16 * j);
+        y.d[4 * j + 2 * half] *= silu_of(bits_to_float(z << 16));
+        y.d[4 * j + 2 * half + 1] *= silu_of(bits_to_float(z & 0xffff0000u));
       }
     }
   }
   __device__ __forceinline__ static float silu_of(float z) { return z * sigmoid_for<BFloat16>(z); }
 
+  // From one row of a piece to the next.
+  __device__ __forceinline__ int64_t row_bytes(const View<4>& x) const {
+    return 2 * (p_.reverse ? -x.stride[1] : x.stride[1]);
+  }
+
+  // Four neighbouring lanes have pairs of each 8 columns of a row, and exchange them: each gets all
+  // of every fourth 8 columns.
+  __device__ __forceinline__ void store_output(GroupProduct& y, const Piece& piece, int unit) {
+    if (p_.D) add_skip(y, unit);
+    if (p_.z) gate(y, piece, unit);
+    const int first = 16 * warp_of_group() + fragment_row(), member = fragment_column() / 2;
+    const int columns = own(unit).columns;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int t = first + 8 * half;
+      char* row = stage().y[unit] + t * row_bytes(p_.y) + 16 * member;
+#pragma unroll
+      for (int j = 0; j < 8; j += 4) {
+        uint32_t pairs[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* d = &y.d[4 * (j + i) + 2 * half];
+          pairs[i] = ptx::pack_bf16(d[0], d[1]);
+        }
+        exchange(pairs, member);
+        if (t < piece.rows && 8 * (j + member) < columns) {
+          ptx::store(reinterpret_cast<uint4*>(row + 16 * j),
+                     uint4{pairs[0], pairs[1], pairs[2], pairs[3]});
+        }
+      }
+    }
+  }
+
   // Lane m of four gets v[m] of each: a transpose of 4 x 4.
-  __device__ __forceinline__ static void exchange(uint32_t* v, int member) {
+  __device__ __forceinline__ static void exchange(uint32_t (&v)[4], int member) {
 #pragma unroll
     for (int by = 1; by < 4; by *= 2) {
       const bool upper = member & by;
