@@ -306,6 +306,27 @@ void warpgroup_product(int fault) {
   for (float x : y.values()) expect(x == 32, "a product of ones");
 }
 
+// Of 168 registers at launch, two warpgroups take what the third has given back, or more.
+template <class T>
+__global__ void __launch_bounds__(384, 1) registers_kernel(T* y, int fault) {
+  if constexpr (ptx::kHopper) {
+    const int t = int(threadIdx.x);
+    if (t >= 128) {
+      ptx::have_more_registers<232>();
+    } else if (fault == 1) {
+      ptx::have_less_registers<48>();
+    } else {
+      ptx::have_less_registers<40>();
+    }
+    y[t] = t;
+  }
+}
+
+void registers(int fault) {
+  DeviceArray<int> y(384);
+  launch("registers", registers_kernel<int>, 1, 384, 0, nullptr, y.data(), fault);
+}
+
 // ---- the host
 
 void host(int fault) {
@@ -328,6 +349,7 @@ const Case cases[] = {
     {"stage", stage},
     {"ring", ring},
     {"warpgroup product", warpgroup_product},
+    {"registers", registers},
     {"host", host},
 };
 

@@ -69,6 +69,7 @@ FAULTS = {
     ("warpgroup product", 5): "wrong result|no wgmma_fence|written before",  # no wait
     ("warpgroup product", 6): "names sums of a product that is still under way",
     ("warpgroup product", 7): "data race on shared memory",  # others may still multiply
+    ("registers", 1): "livelock",  # more than others have given back
     ("host", 1): "no such block size",
     ("host", 2): "more shared memory than a block may have",
     ("host", 3): "host code makes a write of device memory",

@@ -1,4 +1,5 @@
-// Barriers in shared memory that threads arrive at and wait for, phase by phase.
+// What warps of a block wait for besides its barriers: mbarriers, which they arrive at and wait for
+// phase by phase, and registers that others have to give back.
 #include <algorithm>
 
 #include "ptx90_twins.h"
@@ -29,7 +30,25 @@ void complete(simt::Block& block, Mbarrier& barrier) {
   }
 }
 
+// Of a thread at launch, if the block has a processor to itself.
+int registers_at_launch(const simt::Block& block) {
+  return std::min(256, 65536 / block.threads / 8 * 8);
+}
+
 }  // namespace
+
+void have_registers(int count) {
+  simt::Thread& own = *simt::self();
+  simt::Block& block = *own.block;
+  const int at_launch = registers_at_launch(block);
+  auto others = [&] {
+    int sum = 0;
+    for (const simt::Thread* t : block.thread) sum += t->registers ? t->registers : at_launch;
+    return sum - (own.registers ? own.registers : at_launch);
+  };
+  while (others() + count > at_launch * block.threads) simt::yield(true);
+  own.registers = count;
+}
 
 void mbarrier_init(uint64_t* barrier, int count, simt::Loc loc) {
   simt::Block& block = *simt::self()->block;

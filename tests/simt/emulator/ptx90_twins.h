@@ -7,10 +7,15 @@ namespace statescan::ptx {
 
 inline constexpr bool kHopper = true;
 
+void have_registers(int count);
 template <int kCount>
-void have_more_registers() {}
+void have_more_registers() {
+  have_registers(kCount);
+}
 template <int kCount>
-void have_less_registers() {}
+void have_less_registers() {
+  have_registers(kCount);
+}
 
 // ---- mbarriers (mbarrier.cpp)
 

@@ -50,6 +50,7 @@ struct Thread : Place {
   unsigned copy_group = 0;
 
   std::vector<Range> handed_over;  // registers, to wgmma
+  int registers = 0;               // 0: as many as at launch
 };
 
 // A warp's share of a wgmma: its 16 of the 64 rows.
