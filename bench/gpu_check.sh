@@ -84,8 +84,12 @@ install_rivals() {
   PYTHONPATH="$rivals" "$PYTHON" -c 'import causal_conv1d, mamba_ssm'
 }
 
+# Of this GPU, with the instructions that are Hopper's alone.
+arch="sm_$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)"
+arch="${arch/%sm_90/sm_90a}"
+
 first_measurements() {
-  nvcc -std=c++20 -O3 -arch=native -Icsrc -Itests/simt bench/first_measurements.cu \
+  nvcc -std=c++20 -O3 -arch="$arch" -Icsrc -Itests/simt bench/first_measurements.cu \
     -o "$build/first_measurements" && "$build/first_measurements" | tee "$out/measured.json"
 }
 
@@ -94,8 +98,16 @@ bench() {
     --seconds $(($(left) - 20))
 }
 
+# On Hopper: the kernels for all GPUs, beside its own.
+portable() {
+  export STATESCAN_PORTABLE=1
+  python_here -m pytest -q -p no:cacheprovider tests -k "cuda and ssd_scan" &&
+    python_here bench/bench_gpu.py --op ssd_scan --json "$out/portable.json" \
+      --measured "$out/measured.json" --seconds $(($(left) - 10))
+}
+
 conformance() {
-  nvcc -std=c++20 -O2 -arch=native -Icsrc -Itests/simt tests/simt/conformance.cu \
+  nvcc -std=c++20 -O2 -arch="$arch" -Icsrc -Itests/simt tests/simt/conformance.cu \
     tests/simt/conformance_main.cpp -o "$build/conformance" && "$build/conformance"
 }
 
@@ -114,6 +126,7 @@ part first 60 first_measurements
 part tests 150 python_here -m pytest -q -p no:cacheprovider tests -k cuda
 if [[ -n "${COMPETITORS:-}" ]]; then part competitors 240 install_rivals; fi
 part bench 300 bench
+if [[ "$arch" == sm_90a ]]; then part portable 90 portable; fi
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck initcheck synccheck; do part "$tool" 60 sanitize "$tool"; done
 else

@@ -1,4 +1,5 @@
-"""Compiles every CUDA source and fails if a kernel spills registers or uses local memory.
+"""Compiles every CUDA source and fails if a kernel spills registers, uses local memory, or has its
+wgmma serialised.
 
     python tools/check_ptxas.py [--arch 80 90a] [--json FILE] [SOURCE...]
 
@@ -42,6 +43,7 @@ class Kernel:
     shared: int = 0
     stack: int = 0
     spills: int = 0
+    serialised: bool = False  # wgmma: each waited for
 
     @property
     def occupancy(self):
@@ -124,18 +126,20 @@ def parse(report, threads, source, arch):
             if found := re.search(pattern, part):
                 setattr(kernel, field, int(found[1]))
         kernels.append(kernel)
+    for name in re.findall(r"wgmma.mma_async instructions are serialized.*'(\w+)'", report):
+        next(k for k in kernels if k.name == name).serialised = True
     for kernel, name in zip(kernels, short([k.name for k in kernels]), strict=True):
         kernel.name = name
     return kernels
 
 
 def faults(kernels, allowed):
-    """Those that use local memory without a reason that is written down."""
-    return [
-        k
-        for k in kernels
-        if k.stack + k.spills > 0 and not any(re.search(p, k.name) for p in allowed)
-    ]
+    """Those that use local memory without a reason that is written down, or wait for each wgmma."""
+
+    def may_spill(k):
+        return any(re.search(p, k.name) for p in allowed)
+
+    return [k for k in kernels if k.serialised or (k.stack + k.spills > 0 and not may_spill(k))]
 
 
 def print_table(kernels):
@@ -166,9 +170,11 @@ def main(argv):
         options.json.write_text(json.dumps([asdict(k) for k in kernels], indent=1) + "\n")
     bad = faults(kernels, ALLOWED)
     for k in bad:
+        wgmma = ", wgmma is serialised" if k.serialised else ""
         print(
             f"{k.name} for sm_{k.arch} ({k.source}) uses local memory: {k.stack} bytes of stack, "
-            f"{k.spills} bytes spilled. Mend it, or write the reason into {Path(__file__).name}."
+            f"{k.spills} bytes spilled{wgmma}. Mend it, or write the reason into "
+            f"{Path(__file__).name}."
         )
     return 1 if bad else 0
 

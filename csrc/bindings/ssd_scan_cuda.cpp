@@ -26,6 +26,8 @@ cuda::Inputs inputs(const SsdOperands& x, Call& call) {
   static_cast<Shape&>(p) = check_ssd(x);
   p.bfloat16 = is_bfloat16(x, p) && p.state <= cuda::kMostStates;
   p.shared_bytes = shared_memory_of_block(x.x);
+  p.processors = processors_of(x.x);
+  p.hopper = is_hopper(x.x) && !only_portable();
   const bool by_id = x.seq_idx && x.initial_states && x.initial_states->dim() == 5;
   DeviceSequences found = device_sequences(x.x, p.batch, p.seqlen, x.seq_idx, x.cu_seqlens, !by_id);
   p.sequences = found.sequences, call.ends = found.ends;

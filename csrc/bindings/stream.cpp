@@ -36,12 +36,28 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+namespace {
+
+int attribute(const char* name, cudaDeviceAttr which, const Tensor& t) {
+  int value = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, which, t.get_device_index());
+  check_cuda(name, error, cudaGetErrorString(error));
+  return value;
+}
+
+}  // namespace
+
 int64_t shared_memory_of_block(const Tensor& t) {
-  int bytes = 0;
-  const cudaError_t error =
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, t.get_device_index());
-  check_cuda("shared memory of a block", error, cudaGetErrorString(error));
-  return bytes;
+  return attribute("shared memory of a block", cudaDevAttrMaxSharedMemoryPerBlockOptin, t);
+}
+
+int64_t processors_of(const Tensor& t) {
+  return attribute("multiprocessors", cudaDevAttrMultiProcessorCount, t);
+}
+
+bool is_hopper(const Tensor& t) {
+  return attribute("compute capability", cudaDevAttrComputeCapabilityMajor, t) == 9 &&
+         attribute("compute capability", cudaDevAttrComputeCapabilityMinor, t) == 0;
 }
 
 }  // namespace statescan::bindings

@@ -1,6 +1,8 @@
 // The stream that torch's current work on a tensor's device goes to. Only in CUDA bindings.
 #pragma once
 
+#include <cstdlib>
+
 #include "bindings/tensor.h"
 #include "common/cuda.h"
 
@@ -26,6 +28,8 @@ struct OnDevice {
 };
 
 inline int64_t shared_memory_of_block(const Tensor&) { return simt::shared_of_block(); }
+inline int64_t processors_of(const Tensor&) { return simt::processors; }
+inline bool is_hopper(const Tensor&) { return true; }
 
 #else
 
@@ -41,7 +45,18 @@ struct OnDevice {
 
 // Bytes of shared memory that a block can have on a tensor's device.
 int64_t shared_memory_of_block(const Tensor& t);
+// Multiprocessors of the device.
+int64_t processors_of(const Tensor& t);
+// Has the device the instructions of sm_90a?
+bool is_hopper(const Tensor& t);
 
 #endif
+
+// Whether kernels for one kind of GPU are to be passed over for those that run on all
+// (STATESCAN_PORTABLE=1): to compare the two.
+inline bool only_portable() {
+  const char* value = std::getenv("STATESCAN_PORTABLE");
+  return value != nullptr && value[0] == '1';
+}
 
 }  // namespace statescan::bindings

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/host_device.h"
+#include "common/cuda.h"
 
 namespace statescan {
 

@@ -23,6 +23,21 @@ inline void check_cuda(const char* name, int error, const char* text) {
   if (error != 0) throw std::runtime_error(std::string(name) + ": " + text);
 }
 
+// Registers that a thread of a kernel takes on the current device.
+template <class... Parameters>
+int registers_of([[maybe_unused]] const char* name,
+                 [[maybe_unused]] void (*kernel)(Parameters...)) {
+#if defined(STATESCAN_SIMT)
+  return 255;
+#else
+  cudaFuncAttributes attributes;
+  const cudaError_t error =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  check_cuda(name, error, cudaGetErrorString(error));
+  return attributes.numRegs;
+#endif
+}
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
             size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {

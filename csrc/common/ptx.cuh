@@ -31,6 +31,12 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+template <class T>
+__device__ __forceinline__ T* opaque(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
 // The thread's lane in its warp, found out anew at every call: what is computed from it is not carried
 // in registers through a loop that has better use for them.
 __device__ __forceinline__ int lane() {

@@ -33,6 +33,8 @@ struct Inputs : Shape {
   const int32_t* marks;   // (batch, seqlen): Mark, or null: every batch element is one sequence
 
   int64_t shared_bytes;  // that a block may have on this device
+  int64_t processors;    // of this device
+  bool hopper;           // the device is one, and its own kernels are wanted
 
   // Terms of bfloat16 that hold x, B and C as factors on tensor cores; 0: none do (common/mma.cuh).
   int terms() const {

@@ -41,6 +41,7 @@ __global__ __launch_bounds__(kThreads) void carry_kernel(const WalkParams p, Div
 }
 
 void walk_once(const WalkParams& p, cudaStream_t stream) {
+  if (has_hopper_walk(p)) return hopper_walk(p, stream);
   has_tensor_walk(p) ? tensor_walk(p, stream) : plain_walk(p, stream);
 }
 

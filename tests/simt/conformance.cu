@@ -6,7 +6,7 @@
 #include <string>
 
 #include "common/half.h"
-#include "common/ptx.cuh"
+#include "common/ptx90.cuh"
 #include "common/shared.cuh"
 #include "device_memory.h"
 
@@ -455,6 +455,171 @@ void histogram(int) {
   expect(halves.values()[0] == 500, "atomics on floats");
 }
 
+// ---- Hopper: on another GPU these kernels are empty, and so are their cases
+
+template <class T>
+__global__ void is_hopper_kernel(T* out) {
+  *out = ptx::kHopper;
+}
+
+bool is_hopper() {
+  DeviceArray<int> out(1);
+  launch("is hopper", is_hopper_kernel<int>, 1, 1, 0, nullptr, out.data());
+  return out.values()[0] != 0;
+}
+
+struct Ring {
+  uint64_t full[2], free[2];
+  alignas(16) SharedArray<int, 2 * 64> slot;
+};
+
+// Warp 2 copies, warps 0 and 1 add up: a slot is full or free when the phase of its mbarrier is over.
+template <class T>
+__global__ void ring_kernel(const T* x, T* out, int rounds) {
+  if constexpr (ptx::kHopper) {
+    auto& s = block_shared<Ring>();
+    const int t = int(threadIdx.x);
+    if (t < 2) ptx::mbarrier_init(&s.full[t], 32), ptx::mbarrier_init(&s.free[t], 2);
+    __syncthreads();  // the barriers are there
+    if (t >= 64) {
+      for (int i = 0; i < rounds; ++i) {
+        ptx::mbarrier_wait(&s.free[i % 2], unsigned(i / 2 + 1) % 2);
+        if (t < 80) ptx::cp_async_16(&s.slot[i % 2 * 64 + (t - 64) * 4], x + i * 64 + (t - 64) * 4);
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<0>();
+        ptx::mbarrier_arrive(&s.full[i % 2]);
+      }
+      return;
+    }
+    T sum = 0;
+    for (int i = 0; i < rounds; ++i) {
+      ptx::mbarrier_wait(&s.full[i % 2], unsigned(i / 2) % 2);
+      sum += s.slot[i % 2 * 64 + 63 - t];
+      __syncwarp();  // the slot has been read
+      if (t % 32 == 0) ptx::mbarrier_arrive(&s.free[i % 2]);
+    }
+    out[t] = sum;
+  }
+}
+
+void ring(int) {
+  if (!is_hopper()) return;
+  std::vector<int> values(7 * 64);
+  for (int i = 0; i < 7 * 64; ++i) values[i] = i / 64 * 100 + i % 64;
+  DeviceArray<int> x(values), out(64);
+  launch("ring", ring_kernel<int>, 1, 96, 0, nullptr, x.data(), out.data(), 7);
+  const std::vector<int> got = out.values();
+  for (int t = 0; t < 64; ++t) expect(got[t] == 2100 + 7 * (63 - t), "what came by the ring");
+}
+
+struct StoredMatrices {
+  alignas(16) uint16_t element[4][8][8];
+};
+
+template <class T>
+__global__ void stored_matrices_kernel(T* out) {
+  if constexpr (ptx::kHopper) {
+    auto& s = block_shared<StoredMatrices>();
+    const int l = int(threadIdx.x), row = l / 4, column = l % 4 * 2;
+    uint32_t r[4];
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned first = i * 64 + unsigned(row * 8 + column);
+      r[i] = first | (first + 1) << 16;
+    }
+    ptx::stmatrix_x4_trans(s.element[l / 8][l % 8], r);
+    __syncwarp();
+    for (int i = l; i < 256; i += 32) out[i] = s.element[i / 64][i / 8 % 8][i % 8];
+  }
+}
+
+void stored_matrices(int) {
+  if (!is_hopper()) return;
+  DeviceArray<int> out(256);
+  launch("stored matrices", stored_matrices_kernel<int>, 1, 32, 0, nullptr, out.data());
+  const std::vector<int> got = out.values();
+  for (int i = 0; i < 256; ++i) {
+    expect(got[i] == i / 64 * 64 + i % 8 * 8 + i / 8 % 8, "a stored transpose");
+  }
+}
+
+// 64 x 64 of 16 bits in rows of 128 bytes, swizzled.
+struct Operand {
+  alignas(1024) SharedArray<uint16_t, 64 * 64> element;
+
+  __device__ __forceinline__ uint16_t& at(int row, int column) {
+    return element[row * 64 + (column / 8 ^ row % 8) * 8 + column % 8];
+  }
+};
+struct Operands {
+  Operand a[2], b[2];  // of each warpgroup
+};
+
+enum Form { kRows, kDepthFirst, kRegisters };
+
+// d (64, 64) = a b^T or, with a in registers, d + a b^T; a, b (2, 64, 64), [row][depth].
+template <class T>
+__global__ void __launch_bounds__(256, 2)
+    warpgroup_product_kernel(const uint16_t* a, const uint16_t* b, T* out, int form) {
+  if constexpr (ptx::kHopper) {
+    auto& s = *dynamic_shared<Operands>();
+    const int group = int(threadIdx.x) / 128, t = int(threadIdx.x) % 128, l = t % 32;
+    a += group * 4096, b += group * 4096, out += group * 4096;
+    group == 0 ? ptx::have_less_registers<96>() : ptx::have_more_registers<160>();
+    for (int i = t; i < 4096; i += 128) {
+      s.a[group].at(i / 64, i % 64) = a[i];
+      (form == kRows ? s.b[group].at(i / 64, i % 64) : s.b[group].at(i % 64, i / 64)) = b[i];
+    }
+    ptx::fence_proxy_async();
+    ptx::barrier_sync(1 + group, 128);  // all of the operands are there, and known to be
+    const int row = t / 32 * 16 + l / 4;
+    float d[32];
+    uint32_t left[4][4];
+    for (int i = 0; i < 32; ++i) d[i] = T(i % 4 + 1);
+    for (int i = 0; i < 16; ++i) {
+      const uint16_t* pair = a + (row + i % 2 * 8) * 64 + i / 4 * 16 + l % 4 * 2 + i % 4 / 2 * 8;
+      left[i / 4][i % 4] = pair[0] | uint32_t(pair[1]) << 16;
+    }
+    ptx::wgmma_fence(d, left);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint64_t rows = ptx::wgmma_operand(&s.a[group], 2 * k);
+      const uint64_t by_row = ptx::wgmma_operand(&s.b[group], 2 * k);
+      const uint64_t by_depth = ptx::wgmma_operand(&s.b[group], 128 * k);
+      if (form == kRows) ptx::wgmma_64x64x16<false>(d, rows, by_row, k > 0);
+      if (form == kDepthFirst) ptx::wgmma_64x64x16<true>(d, rows, by_depth, k > 0);
+      if (form == kRegisters) ptx::wgmma_64x64x16(d, left[k], by_depth);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>(d);
+    for (int i = 0; i < 32; ++i) {
+      out[(row + i % 4 / 2 * 8) * 64 + i / 4 * 8 + l % 4 * 2 + i % 2] = d[i];
+    }
+  }
+}
+
+void warpgroup_product(int form) {
+  if (!is_hopper()) return;
+  auto value = [](int group, int row, int k) {
+    return float((group * 5 + row * 7 + k * 3 + row * k % 5) % 13 - 6) / 4;  // exact
+  };
+  std::vector<uint16_t> a(2 * 4096), b(2 * 4096);
+  for (int i = 0; i < 2 * 4096; ++i) {
+    a[i] = from_float<BFloat16>(value(i / 4096, i / 64 % 64, i % 64)).bits;
+    b[i] = from_float<BFloat16>(value(i / 4096, i / 64 % 64 + 100, i % 64)).bits;
+  }
+  DeviceArray<uint16_t> a_device(a), b_device(b);
+  DeviceArray<float> d(2 * 4096);
+  launch("warpgroup product", warpgroup_product_kernel<float>, 1, 256, sizeof(Operands), nullptr,
+         a_device.data(), b_device.data(), d.data(), form);
+  const std::vector<float> got = d.values();
+  for (int i = 0; i < 2 * 4096; ++i) {
+    const int group = i / 4096, row = i / 64 % 64, column = i % 64;
+    float want = form == kRegisters ? float(1 + column % 2 + row % 16 / 8 * 2) : 0;
+    for (int k = 0; k < 64; ++k) want += value(group, row, k) * value(group, column + 100, k);
+    expect(std::fabs(got[i] - want) < 1e-4, "a product of a warpgroup");
+  }
+}
+
 const Case cases[] = {
     {"shuffles", shuffles},
     {"halves of a warp", halves},
@@ -473,6 +638,11 @@ const Case cases[] = {
     {"last block", last_block, 5},
     {"chain of blocks", chain, 3},
     {"histogram", histogram},
+    {"ring of mbarriers", ring},
+    {"stmatrix", stored_matrices},
+    {"warpgroup product, rows", [](int) { warpgroup_product(kRows); }},
+    {"warpgroup product, depth first", [](int) { warpgroup_product(kDepthFirst); }},
+    {"warpgroup product, registers", [](int) { warpgroup_product(kRegisters); }},
 };
 
 }  // namespace

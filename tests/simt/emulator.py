@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -185,6 +186,16 @@ def set_schedule(policy="forward", seed=0, resident=1, shared=SHARED):
     library().machine.simt_shared_limit(shared)
 
 
+@contextmanager
+def processors(count):
+    """Within it, the device says that it has so many multiprocessors."""
+    library().machine.simt_processors(count)
+    try:
+        yield
+    finally:
+        library().machine.simt_processors(132)
+
+
 def cases(prefix):
     """Names of the cases of conformance.cu or faults.cu."""
     lib = library()
@@ -202,6 +213,9 @@ def run_case(prefix, name, fault=0, policy="forward", seed=0):
     )
     if error:
         raise EmulatorError(with_lines(error))
+
+
+LAUNCHED = {}  # by operator: names of the kernels that its last call launched
 
 
 def launched():
@@ -230,6 +244,7 @@ class Emulated(TorchDispatchMode):
             raise EmulatorError(with_lines(report)) from None
         if fault := library().machine.simt_host_fault().decode():
             raise EmulatorError(with_lines(fault))
+        LAUNCHED[func._schema.name.removeprefix("statescan::")] = launched()
         return out
 
 

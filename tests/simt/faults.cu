@@ -3,7 +3,8 @@
 #include <iterator>
 #include <string>
 
-#include "common/ptx.cuh"
+#include "common/half.h"
+#include "common/ptx90.cuh"
 #include "common/shared.cuh"
 #include "device_memory.h"
 
@@ -224,6 +225,108 @@ void stage(int fault) {
   launch("stage", stage_kernel, 1, 32, 2 * 32 * sizeof(float), nullptr, x.data(), y.data(), fault);
 }
 
+// ---- mbarriers and products of a warpgroup
+
+struct Ring {
+  uint64_t full, free;
+  SharedArray<int, 32> slot;
+};
+
+template <class T>
+__global__ void ring_kernel(T* y, int fault) {
+  if constexpr (ptx::kHopper) {
+    auto& s = block_shared<Ring>();
+    const int l = int(threadIdx.x) % 32;
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_init(&s.full, fault == 1 ? 33 : 32), ptx::mbarrier_init(&s.free, 1);
+    }
+    if (fault != 2) __syncthreads();  // the barriers are there
+    if (threadIdx.x < 32) {
+      for (int i = 0; i < 3; ++i) {
+        if (fault != 3) ptx::mbarrier_wait(&s.free, unsigned(i + 1) % 2);
+        s.slot[l] = i;
+        ptx::mbarrier_arrive(&s.full);
+      }
+      return;
+    }
+    for (int i = 0; i < 3; ++i) {
+      if (fault != 4) ptx::mbarrier_wait(&s.full, unsigned(i) % 2);
+      y[l] = s.slot[31 - l];
+      if (fault != 5) __syncwarp();  // all lanes have read
+      if (l == 0) ptx::mbarrier_arrive(&s.free);
+    }
+  }
+}
+
+void ring(int fault) {
+  DeviceArray<int> y(32);
+  launch("ring", ring_kernel<int>, 1, 64, 0, nullptr, y.data(), fault);
+}
+
+struct Operand {
+  alignas(1024) SharedArray<uint4, 512> piece;
+};
+
+// Ones times ones, twice; the second time they are written anew.
+template <class T>
+__global__ void warpgroup_product_kernel(T* y, int fault) {
+  if constexpr (ptx::kHopper) {
+    auto& s = *dynamic_shared<Operand>();
+    const int t = int(threadIdx.x);
+    const uint32_t ones = ptx::pack_bf16(1, 1);
+    float d[32];
+    for (float& x : d) x = 0;
+    uint32_t a[4] = {ones, ones, ones, ones};
+    for (int i = 0; i < 2; ++i) {
+      for (int j = t; j < 512; j += 128) s.piece[j] = {ones, ones, ones, ones};
+      if (fault != 1) ptx::fence_proxy_async();
+      if (fault != 2) __syncthreads();  // the operand is there
+      if (fault != 3) ptx::wgmma_fence(d, a);
+      ptx::wgmma_64x64x16(d, a, ptx::wgmma_operand(&s));
+      ptx::wgmma_commit();
+      if (fault == 4 && i == 0) s.piece[t] = {};
+      if (fault == 5) {
+        ptx::wgmma_wait<1>();
+      } else if (fault == 6) {
+        ptx::wgmma_wait<1>(d);
+      } else {
+        ptx::wgmma_wait<0>(d);
+      }
+      if (fault != 7) __syncthreads();  // the operand has been read
+      if (fault == 3) ptx::wgmma_fence(a);
+    }
+    y[t] = d[t % 32];
+  }
+}
+
+void warpgroup_product(int fault) {
+  DeviceArray<float> y(128);
+  launch("warpgroup product", warpgroup_product_kernel<float>, 1, 128, sizeof(Operand), nullptr,
+         y.data(), fault);
+  for (float x : y.values()) expect(x == 32, "a product of ones");
+}
+
+// Of 168 registers at launch, two warpgroups take what the third has given back, or more.
+template <class T>
+__global__ void __launch_bounds__(384, 1) registers_kernel(T* y, int fault) {
+  if constexpr (ptx::kHopper) {
+    const int t = int(threadIdx.x);
+    if (t >= 128) {
+      ptx::have_more_registers<232>();
+    } else if (fault == 1) {
+      ptx::have_less_registers<48>();
+    } else {
+      ptx::have_less_registers<40>();
+    }
+    y[t] = t;
+  }
+}
+
+void registers(int fault) {
+  DeviceArray<int> y(384);
+  launch("registers", registers_kernel<int>, 1, 384, 0, nullptr, y.data(), fault);
+}
+
 // ---- the host
 
 void host(int fault) {
@@ -244,6 +347,9 @@ const Case cases[] = {
     {"last block", last_block, 3},
     {"chain", chain},
     {"stage", stage},
+    {"ring", ring},
+    {"warpgroup product", warpgroup_product},
+    {"registers", registers},
     {"host", host},
 };
 

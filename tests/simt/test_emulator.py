@@ -16,7 +16,8 @@ CONFORMANCE = [
     "vectors in memory",
     "product bf16", "product f16", "product tf32", "ldmatrix", "transpose in a warp",
     "pipeline of warps", "staged copy", "grid barrier", "last block", "chain of blocks",
-    "histogram",
+    "histogram", "ring of mbarriers", "stmatrix", "warpgroup product, rows",
+    "warpgroup product, depth first", "warpgroup product, registers",
 ]  # fmt: skip
 
 # (case of faults.cu, number of the fault): what the report must say
@@ -53,6 +54,22 @@ FAULTS = {
     ("stage", 2): "data race on shared memory|uninitialised|un-waited",
     ("stage", 3): "data race on shared memory",
     ("stage", 4): "misaligned cp.async",
+    ("ring", 1): "deadlock: .*",  # an arrival is missing
+    ("ring", 2): "mbarrier that nobody has initialised|data race on shared memory|uninitialised",
+    (
+        "ring",
+        3,
+    ): "data race on shared memory|uninitialised|deadlock",  # writes while others may read
+    ("ring", 4): "data race on shared memory|uninitialised",  # reads before the phase is over
+    ("ring", 5): "data race on shared memory",  # one lane arrives before the others have read
+    ("warpgroup product", 1): "without a fence.proxy.async",
+    ("warpgroup product", 2): "data race on shared memory|uninitialised",  # no barrier
+    ("warpgroup product", 3): "no wgmma_fence has handed over",
+    ("warpgroup product", 4): "an operand of wgmma was written before|data race",
+    ("warpgroup product", 5): "wrong result|no wgmma_fence|written before",  # no wait
+    ("warpgroup product", 6): "names sums of a product that is still under way",
+    ("warpgroup product", 7): "data race on shared memory",  # others may still multiply
+    ("registers", 1): "livelock",  # more than others have given back
     ("host", 1): "no such block size",
     ("host", 2): "more shared memory than a block may have",
     ("host", 3): "host code makes a write of device memory",

@@ -65,7 +65,8 @@ bool before_in_block(const BlockClocks& c, const Access& a, size_t t) {
   const size_t u = a.thread, n = size_t(c.threads);
   if (u == t || a.clock <= c.at_barrier[u]) return true;
   if (u / kLanes == t / kLanes && a.clock <= c.by_lane[t * kLanes + u % kLanes]) return true;
-  return !c.by_warp.empty() && a.clock <= c.by_warp[t / kLanes * n + u];
+  if (!c.by_warp.empty() && a.clock <= c.by_warp[t / kLanes * n + u]) return true;
+  return !c.by_thread.empty() && a.clock <= c.by_thread[t * n + u];
 }
 
 // Did `a` happen before what thread t of the block does now?
@@ -116,6 +117,16 @@ class Touch {
     }
     if (written && (conflicts(cell.write) || hidden(cell.write))) {
       race({space_, offset}, cell.write, true, write_, me_.pc);
+    }
+    if (shared_ && (me_.kind & kAsyncProxy)) {
+      const Access& last = cell.write;
+      if (last.clock > block_.clocks.proxied[last.thread]) {
+        fail(
+            "wgmma reads byte %zu of shared memory, which thread %u has written at pc:0x%x, "
+            "without "
+            "a fence.proxy.async of that thread",
+            offset, last.thread, last.pc);
+      }
     }
     if (write_) {
       for (const Access& read : cell.read) {
@@ -275,6 +286,25 @@ void access(const void* address, size_t bytes, bool write, unsigned kind, uint32
   Buffer* buffer = buffer_of(p, bytes, begin);
   if (buffer == nullptr) outside(p, bytes, write, pc);
   touch(buffer->cells, buffer->bytes, p - begin, bytes, Touch(write, kind, pc, "global", false));
+}
+
+uint64_t read_operands(const std::vector<const char*>& pieces) {
+  Touch touch(false, kAsyncProxy, 0, "shared", true);
+  SharedObject* object = nullptr;
+  uint64_t version = 0;
+  for (const char* piece : pieces) {
+    if (object == nullptr || piece < object->data || piece + 16 > object->data + object->bytes) {
+      object = shared_near(*self()->block, reinterpret_cast<uintptr_t>(piece));
+      access(piece, 16, false, kAsyncProxy, 0);  // is it within one?
+    }
+    const size_t offset = size_t(piece - object->data);
+    for (size_t i = offset / kCellBytes; i < (offset + 16) / kCellBytes; ++i) {
+      Cell& cell = object->cells[i];
+      touch(cell, i * kCellBytes);
+      version = version * 31 + (uint64_t(cell.write.clock) << 16 | cell.write.thread);
+    }
+  }
+  return version;
 }
 
 void host_access(const void* address, size_t bytes, bool write, uint32_t pc) {

@@ -10,6 +10,7 @@
 //   - the block's last full barrier               (at_barrier[u])
 //   - __syncwarp, lane by lane                    (by_lane)
 //   - barriers of some warps                      (by_warp)
+//   - mbarriers                                   (by_thread)
 //   - release and acquire, in other blocks too    (Knowledge)
 // Atomics do not conflict with each other.
 #pragma once
@@ -23,7 +24,13 @@
 
 namespace simt {
 
-enum AccessKind : uint16_t { kPlain = 0, kAtomic = 1, kInFlight = 2, kLanding = 4 };
+enum AccessKind : uint16_t {
+  kPlain = 0,
+  kAtomic = 1,
+  kInFlight = 2,
+  kLanding = 4,
+  kAsyncProxy = 8,  // of wgmma: sees what its writers have made known by fence.proxy.async
+};
 
 struct Access {
   uint32_t block = 0;  // serial; 0: there was none
@@ -59,8 +66,10 @@ struct BlockClocks {
   uint32_t epoch = 1;
   bool across = false;  // some thread knows of other blocks
   std::vector<uint32_t> clock, at_barrier;
-  std::vector<uint32_t> by_lane;  // (warp, lane, lane)
-  std::vector<uint32_t> by_warp;  // (warp, thread), empty before a barrier of some warps
+  std::vector<uint32_t> by_lane;    // (warp, lane, lane)
+  std::vector<uint32_t> by_warp;    // (warp, thread), empty before a barrier of some warps
+  std::vector<uint32_t> by_thread;  // (thread, thread), empty before a wait for an mbarrier
+  std::vector<uint32_t> proxied;    // up to which clock a thread's writes are known to wgmma
   std::vector<SharedKnowledge> known;
   std::vector<SharedKnowledge> fenced;    // at the last fence: what a relaxed store then publishes
   std::vector<SharedKnowledge> glimpsed;  // by relaxed loads: known after the next fence
@@ -69,6 +78,10 @@ struct BlockClocks {
   void sync_block(const unsigned* lanes);  // lanes of each warp that wait
   void sync_warps(const unsigned* present, const unsigned* waiting);
   void sync_lanes(unsigned warp, unsigned lanes);
+
+  // All that thread t knows of the block joins `past`, and the other way round.
+  void tell(size_t t, std::vector<uint32_t>& past);
+  void learn(size_t t, const std::vector<uint32_t>& past);
 
  private:
   void share_knowledge(const unsigned* present, const unsigned* waiting);
@@ -83,6 +96,10 @@ uint32_t first_block();  // serial of the launch's first block
 void access(const void* p, size_t bytes, bool write, unsigned kind, uint32_t pc);
 void atomic(const void* p, size_t bytes, bool write, bool acquire, bool release, uint32_t pc);
 void fence();
+void fence_proxy_async();
+// wgmma reads 16 bytes of shared memory at each of these places. The result is another number after
+// another write.
+uint64_t read_operands(const std::vector<const char*>& pieces);
 // An access of host code: a fault if it is to device memory.
 void host_access(const void* p, size_t bytes, bool write, uint32_t pc);
 

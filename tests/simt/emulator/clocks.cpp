@@ -34,6 +34,7 @@ void BlockClocks::reset(int count) {
   threads = count;
   clock.assign(size_t(count), 1);
   at_barrier.assign(size_t(count), 0);
+  proxied.assign(size_t(count), 0);
   by_lane.assign(size_t(count + 31) / kLanes * kLanes * kLanes, 0);
   known.resize(size_t(count)), fenced.resize(size_t(count)), glimpsed.resize(size_t(count));
 }
@@ -69,6 +70,11 @@ void BlockClocks::sync_warps(const unsigned* present, const unsigned* waiting) {
       joint[u] = std::max(joint[u], by_warp[w * n + u]);
     }
   }
+  each_thread(threads, present, [&](size_t, size_t t) {
+    for (size_t u = 0; !by_thread.empty() && u < n; ++u) {
+      joint[u] = std::max(joint[u], by_thread[t * n + u]);
+    }
+  });
   each_thread(threads, present, [&](size_t, size_t t) { joint[t] = clock[t]++; });
   for (size_t w = 0; w < warps; ++w) {
     for (size_t u = 0; waiting[w] != 0 && u < n; ++u) {
@@ -91,7 +97,32 @@ void BlockClocks::sync_lanes(unsigned warp, unsigned lanes) {
   each_thread(threads, only_here, [&](size_t, size_t t) {
     std::copy(joint, joint + kLanes, seen + t % kLanes * kLanes);
   });
+  if (!by_thread.empty()) {
+    std::vector<uint32_t> past(size_t(threads), 0);
+    each_thread(threads, only_here, [&](size_t, size_t t) { tell(t, past); });
+    each_thread(threads, only_here, [&](size_t, size_t t) { learn(t, past); });
+  }
   share_knowledge(only_here, only_here);
+}
+
+void BlockClocks::tell(size_t t, std::vector<uint32_t>& past) {
+  const size_t n = size_t(threads), first = t / kLanes * kLanes;
+  for (size_t u = 0; u < n; ++u) {
+    uint32_t known = at_barrier[u];
+    if (!by_warp.empty()) known = std::max(known, by_warp[t / kLanes * n + u]);
+    if (!by_thread.empty()) known = std::max(known, by_thread[t * n + u]);
+    if (u >= first && u < first + kLanes) known = std::max(known, by_lane[t * kLanes + u - first]);
+    past[u] = std::max(past[u], known);
+  }
+  past[t] = std::max(past[t], clock[t]++);
+}
+
+void BlockClocks::learn(size_t t, const std::vector<uint32_t>& past) {
+  const size_t n = size_t(threads);
+  if (by_thread.empty()) by_thread.assign(n * n, 0);
+  for (size_t u = 0; u < n; ++u) {
+    by_thread[t * n + u] = std::max(by_thread[t * n + u], past[u]);
+  }
 }
 
 // ---- release and acquire
@@ -140,6 +171,12 @@ void fence() {
   if (c.glimpsed[t]) learn(c, t, *c.glimpsed[t]);
   c.glimpsed[t] = nullptr;
   c.fenced[t] = snapshot(c, thread.block->serial, t);
+}
+
+void fence_proxy_async() {
+  Thread& thread = *self();
+  BlockClocks& c = thread.block->clocks;
+  c.proxied[thread.linear] = c.clock[thread.linear]++;
 }
 
 void atomic(const void* p, size_t bytes, bool write, bool acquire, bool release, uint32_t pc) {

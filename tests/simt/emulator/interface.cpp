@@ -17,6 +17,8 @@ void simt_schedule(int policy, unsigned seed, int resident) {
 // Bytes of shared memory that a block may have on the device.
 void simt_shared_limit(long bytes) { simt::shared_limit = bytes; }
 
+void simt_processors(int count) { simt::processors = count; }
+
 // Forgets the tensors of the last call.
 void simt_begin() {
   simt::forget_buffers();

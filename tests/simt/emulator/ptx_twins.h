@@ -7,6 +7,10 @@
 namespace statescan::ptx {
 
 inline int opaque(int x) { return x; }
+template <class T>
+T* opaque(T* p) {
+  return p;
+}
 inline int lane() { return int(simt::here->lane); }
 
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }

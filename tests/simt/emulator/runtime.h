@@ -3,6 +3,7 @@
 // stops is the schedule's choice.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -24,6 +25,12 @@ struct AsyncCopy {
   unsigned group;
 };
 
+// What a warp's thread has handed to the tensor cores.
+struct Range {
+  const char *begin, *end;
+  bool holds(const void* p) const { return p >= begin && p < end; }
+};
+
 struct Thread : Place {
   Block* block = nullptr;
   char* stack = nullptr;
@@ -41,6 +48,22 @@ struct Thread : Place {
 
   std::vector<AsyncCopy> copies;
   unsigned copy_group = 0;
+
+  std::vector<Range> handed_over;  // registers, to wgmma
+  int registers = 0;               // 0: as many as at launch
+};
+
+// A warp's share of a wgmma: its 16 of the 64 rows.
+struct WarpProduct {
+  unsigned group;
+  bool complete, add;
+  bool depth_first;  // b
+  uint64_t a, b;     // operands in shared memory; of a only if ...
+  bool a_is_shared;
+  float a_registers[16][16];  // ... it is not in registers
+  uint64_t version;           // of the operands when it began
+  float* d[32];               // of each lane
+  std::vector<float> sum;     // (lane, register), where no product before it has them
 };
 
 // Lanes on their way to one warp operation. Several may be pending with different masks, which may
@@ -55,6 +78,16 @@ struct Gathering {
 struct Warp {
   unsigned live = 0, ready = 0;  // lanes
   std::vector<Gathering> pending;
+  std::vector<WarpProduct> products;
+  unsigned product_group = 0;
+};
+
+struct Mbarrier {
+  int count = 0, pending = 0;
+  unsigned phase = 0;
+  std::vector<uint32_t> arrived,
+      complete;                      // what is known by arrivals, by those of complete phases
+  unsigned waiting[kMaxWarps] = {};  // lanes of each warp
 };
 
 struct Barrier {
@@ -73,6 +106,7 @@ struct Block {
   Warp warp[kMaxWarps];
   Barrier barrier[kBarriers];
   Barrier finished[kBarriers];  // for the reductions: what was found when it was last complete
+  std::map<const void*, Mbarrier> mbarrier;
   std::vector<std::unique_ptr<SharedObject>> shared;  // the dynamic one first
   BlockClocks clocks;
 };

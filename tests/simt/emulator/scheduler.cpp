@@ -11,6 +11,7 @@
 namespace simt {
 
 Place* here = nullptr;
+int processors = 132;  // an H100's
 Schedule schedule;
 long shared_limit = 227 * 1024;  // an H100's
 std::string launched;

@@ -49,6 +49,8 @@ struct Place {
 };
 extern Place* here;
 
+extern int processors;  // that the device says it has
+
 // Where an intrinsic is called, for reports and to tell one call from another.
 struct Loc {
   const char* file;
