@@ -30,7 +30,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 // The sums of a product's columns: of column summed_column() to each lane.
 __device__ __forceinline__ float column_sums(const Product& x) {
   float both[4] = {x.d[0][0] + x.d[0][2], x.d[0][1] + x.d[0][3], x.d[1][0] + x.d[1][2],
-                         x.d[1][1] + x.d[1][3]};
+                   x.d[1][1] + x.d[1][3]};
   return sums_over_warp<4, 4>(both, ptx::lane());
 }
 __device__ __forceinline__ int summed_column() {
