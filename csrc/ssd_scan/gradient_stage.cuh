@@ -56,8 +56,8 @@ struct Steps {
   }
 };
 
-// Pairs of neighbours of rows [first, end), every `by`-th, in columns i to i + 7: f(row, column, low,
-// high) sets them, which are 0 from row `rows` on.
+// Pairs of neighbours of rows [first, end), every `by`-th, in columns i to i + 7: f(row, column,
+// low, high) sets them, which are 0 from row `rows` on.
 template <class Tile, class F>
 __device__ __forceinline__ void fill_pairs(int first, int rows, int end, int by, int i, Tile& tile,
                                            F&& f) {
@@ -156,8 +156,8 @@ struct Operands {
   Operand x, dy, z, S, dS, dx, dz;
 };
 
-// A state before the piece or its gradient after it: what a walk saved, or where the sequence begins
-// or ends what is given, (slot, head, headdim, state); 0 if there is none.
+// A state before the piece or its gradient after it: what a walk saved, or where the sequence
+// begins or ends what is given, (slot, head, headdim, state); 0 if there is none.
 __device__ __forceinline__ Operand state_operand(const Shape& p, const void* saved, bool is_saved,
                                                  int64_t row, const View<4>& given, int64_t slot,
                                                  int64_t head, int columns) {

@@ -76,9 +76,9 @@ int64_t parts_of(const Shape& p) {
   return std::max<int64_t>(1, std::min(part(2 * 132, tasks), p.cells() / 4));
 }
 
-// With one block to each of 132 multiprocessors, waves of blocks take as long as their heads and what
-// comes once for a block: B, C and G, which cost as much as two heads, and partial sums of dB and dC,
-// which cost two more.
+// With one block to each of 132 multiprocessors, a wave of blocks takes as long as their heads and
+// what comes once for a block: B, C and G, which cost as much as two heads, and partial sums of dB
+// and dC, which cost two more.
 int64_t heads_of_task(const Shape& p) {
   const int64_t cells = p.batch * p.cells() * p.groups,
                 heads = std::max<int64_t>(p.group_heads(), 1);

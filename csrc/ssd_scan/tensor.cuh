@@ -34,7 +34,7 @@ struct TermTile {
   using Term = Tile<kRows, kColumns>;
   SharedArray<Term, kTerms> term;
 
-  // Operands of 16 x 16: of [row][depth] or [depth][row], and of [column][depth] or [depth][column].
+  // Operands of 16 x 16: of [row][depth] or [depth][row], and [column][depth] or [depth][column].
   __device__ __forceinline__ Terms<Left, kTerms> left(int row, int depth,
                                                       unsigned lane = unsigned(ptx::lane())) {
     return terms<kTerms>(

@@ -1,5 +1,5 @@
-// The gradients of the SSD scan within each cell, on tensor cores: x, B and C of up to 24 bits, sums
-// in float. docs/ssd_scan.md has the formulas and names.
+// The gradients of the SSD scan within each cell, on tensor cores: x, B and C of up to 24 bits,
+// with sums in float. docs/ssd_scan.md has the formulas and names.
 //
 // Block: one cell and some heads of a group, one after the other. A warp has 16 rows of dB and dC
 // and half of their columns in registers for all of the heads. Per head, or block of its columns:
@@ -9,8 +9,8 @@
 //            the decays of the next                   |             dx = w (column B dS + GL^T dy)
 //   ahead    the next head's x, dy, S, dS             |                  + D dy;  y and dz if gated
 //
-// After the heads: dC += dG B, dB += dG^T C. There is a barrier before each head and one between its
-// two halves.
+// After the heads: dC += dG B, dB += dG^T C. There is a barrier before each head and one between
+// its two halves.
 //
 // Grid over (batch, cell, group, task of the group). Shared memory: see GradientTiles.
 #include <type_traits>
@@ -27,7 +27,7 @@ class TensorGradients : GradientWarp<kN, kTerms> {
   using Base = GradientWarp<kN, kTerms>;
   using Base::add_skip, Base::weighted, Base::for_rows, Base::kColumns;
   using Base::half, Base::row, Base::lane_row, Base::project, Base::from_output_;
-  using Base::into_state_, Base::through_state, Base::for_products;
+  using Base::into_state_, Base::for_products;
   using Base::kDown, Base::kProducts, Base::task, Base::cell_sums, Base::steps, Base::shift;
   using Base::p_, Base::tiles_, Base::warp_, Base::dB_, Base::dC_, Base::held_, Base::states;
   using typename Base::Stage, typename Base::Tiles;
@@ -106,7 +106,7 @@ class TensorGradients : GradientWarp<kN, kTerms> {
   // place.
   __device__ __forceinline__ Stage& begin_round(const Step& step) {
     ptx::cp_async_wait<0>();
-    __syncthreads();  // places, decays and, of two stages, this one are known, the other is done with
+    __syncthreads();  // places, decays and, of two stages, this one are there, the other is free
     const Step fetched = stages_ == 2 ? steps().after(step) : step;
     if (fetched.h >= task().begin && fetched.h < task().end) {
       fetch_step(p_, tiles_.operands, steps(), fetched, stage_of(fetched));
@@ -129,6 +129,7 @@ class TensorGradients : GradientWarp<kN, kTerms> {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) dG_[i] = Product{};
     __syncthreads();  // B and C are in place
+    this->load_B();
     for_blocks([&](int, int block, int t, int s) {
       Product G;
 #pragma unroll 1
@@ -223,7 +224,8 @@ class TensorGradients : GradientWarp<kN, kTerms> {
                                                 Decays<float>& decays, Stage& stage,
                                                 Skip<kColumns>& skip) {
     Product y[kProducts];
-    through_state(tiles_.C, stage.S, decays.row, y);
+    this->add_states(tiles_.C, stage.S, 0, states(), y);
+    this->scale_rows(decays.row, y);
 #pragma unroll 1
     for (int s = 0; s <= row(); s += 16) {
       const auto M = weighted(tiles_.GL.left(row(), s), decays, s);
@@ -252,7 +254,8 @@ class TensorGradients : GradientWarp<kN, kTerms> {
                                                  Skip<kColumns>& skip) {
     const int lane = ptx::lane();
     Product dx[kProducts];
-    through_state(tiles_.B, stage.dS, decays.column, dx);
+    this->add_input_states(stage.dS, dx);
+    this->scale_rows(decays.column, dx);
 #pragma unroll 1
     for (int t = row(); t < piece.rows; t += 16) {
       const auto GL = tiles_.GL.left_of_transpose(t, row(), lane);

@@ -110,6 +110,9 @@ class GradientWarp {
  protected:
   static constexpr int kColumns = Stage::kColumns, kAcross = kColumns / 16, kDown = kN / 32;
   static constexpr int kProducts = (kAcross + 1) / 2;  // of 16 columns of dx or y of a warp
+  // There are the registers for it.
+  static constexpr bool kKeepsB = kN == 128 && kTerms == 1;
+  static constexpr int kKeptB = kKeepsB ? kDown : 1;
   static_assert(4 % kAcross == 0 && kDown % (4 / kAcross) == 0);
 
   __device__ __forceinline__ const GradientTask& task() const { return tiles_.task; }
@@ -148,6 +151,20 @@ class GradientWarp {
     return kN / 2 * half() + 16 * (kAcross == 4 ? j : (j + warp_ % 4 / kAcross) % kDown);
   }
 
+  // The warp's part of B for all heads.
+  __device__ __forceinline__ void load_B() {
+    if constexpr (!kKeepsB) return;
+    const int lane = ptx::lane();
+#pragma unroll
+    for (int j = 0; j < kDown; ++j) {
+      if (state_of(j) < states()) B_[j % kKeptB] = tiles_.B.left(row(), state_of(j), lane);
+    }
+  }
+  __device__ __forceinline__ Terms<Left, kTerms> own_B(int j, int lane) {
+    if constexpr (kKeepsB) return B_[j % kKeptB];
+    return tiles_.B.left(row(), state_of(j), lane);
+  }
+
   // What dC gets through S and dB through dS, and <S, dS>.
   __device__ __forceinline__ void project(Stage& stage, Decays<float>& decays) {
     const int lane = ptx::lane();
@@ -179,7 +196,7 @@ class GradientWarp {
         if (k == 0 && j % (4 / kAcross) == 0) multiply(held, transposed(S), dS);
       }
       add_projection(of_output, tiles_.C.left(row(), n, lane), output, dC_[j], from_output_);
-      add_projection(of_input, tiles_.B.left(row(), n, lane), into, dB_[j], into_state_);
+      add_projection(of_input, own_B(j, lane), into, dB_[j], into_state_);
     }
     for_diagonal(held, [&](int, float x) { held_ += x; });
   }
@@ -192,18 +209,35 @@ class GradientWarp {
     for (int j = 0; j < kProducts; ++j) f(x[j], 16 * (kProducts * half() + j));
   }
 
-  // scale[t] times the warp's rows of a projection times a state.
+  // The warp's rows of a projection times a state, which adds to x; states [begin, end).
   template <class Projection, class State>
-  __device__ __forceinline__ void through_state(Projection& rows, State& state,
-                                                SharedArray<float, kTile>& scale,
-                                                Product (&x)[kProducts]) {
+  __device__ __forceinline__ void add_states(Projection& rows, State& state, int begin, int end,
+                                             Product (&x)[kProducts]) {
     const int lane = ptx::lane();
 #pragma unroll 4
-    for (int n = 0; n < states(); n += 16) {
+    for (int n = begin; n < end; n += 16) {
       const auto left = rows.left(row(), n, lane);
       for_products(x, [&](Product& y, int c) { multiply(y, left, state.right(n, c, lane)); });
     }
-    const float by[2] = {scale[row() + lane / 4], scale[row() + lane / 4 + 8]};
+  }
+  // The same of B and dS.
+  template <class State>
+  __device__ __forceinline__ void add_input_states(State& dS, Product (&x)[kProducts]) {
+    if constexpr (!kKeepsB) return add_states(tiles_.B, dS, 0, states(), x);
+    const int lane = ptx::lane(), other = kN / 2 * (1 - half());
+#pragma unroll
+    for (int j = 0; j < kDown; ++j) {
+      const int n = state_of(j);
+      if (n >= states()) continue;
+      const auto left = own_B(j, lane);
+      for_products(x, [&](Product& y, int c) { multiply(y, left, dS.right(n, c, lane)); });
+    }
+    add_states(tiles_.B, dS, other, other + kN / 2 < states() ? other + kN / 2 : states(), x);
+  }
+  __device__ __forceinline__ void scale_rows(SharedArray<float, kTile>& scale,
+                                             Product (&x)[kProducts]) {
+    const int t = lane_row();
+    const float by[2] = {scale[t], scale[t + 8]};
     for_products(x, [&](Product& y, int) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) y.d[0][i] *= by[i / 2], y.d[1][i] *= by[i / 2];
@@ -269,6 +303,7 @@ class GradientWarp {
   const GradientParams& p_;
   Tiles& tiles_;
   int warp_;
+  Terms<Left, kTerms> B_[kKeptB];
   Product dB_[kDown], dC_[kDown];  // of all heads
   // Of the head, the lane's shares.
   float from_output_[2], into_state_[2];

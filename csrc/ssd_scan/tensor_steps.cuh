@@ -101,8 +101,8 @@ __device__ __forceinline__ void add_blocks(BlockSums& sums, Decays<float>& d, in
     if (lane % 8 >= by) before += other;
   }
   crossing[0] += before + below[0], crossing[1] += before + own;
-  // What crosses a block's last step is all of it to the left: also when the output is shifted, where
-  // the first output below the block is not after that step.
+  // What crosses a block's last step is all of it to the left: also when the output is shifted,
+  // where the first output below the block is not after that step.
   const bool is_last = lane % 8 == 7;
   if (is_last) crossing[1] = 0;
 #pragma unroll
