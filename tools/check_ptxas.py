@@ -25,8 +25,6 @@ ROOT = Path(__file__).parents[1]
 ALLOWED: dict[str, str] = {
     r"^any_kernel<double>$": "for gradient checks: exp, sqrt and division of doubles are calls, "
     "across which registers are saved",
-    r"^tensor_gradients_kernel<256>$": "dB and dC of 256 states are half of the registers that 512 "
-    "threads have; what is spilled is read once for each head, beside 0.1 MB of operands",
 }
 
 SHARED_BYTES = {"80": 164 * 1024, "90a": 228 * 1024}  # of an SM

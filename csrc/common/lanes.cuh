@@ -33,10 +33,11 @@ __device__ __forceinline__ R sum_over_warp(R x) {
 }
 
 // kCount sums over a warp, a power of two, for little more than one: lane 32 / kCount i gets that of
-// v[i], and v is used up.
-template <int kCount, int kLanes = 32, int kSize, class R>
+// v[i], and v is used up. With kApart, over lanes that are so far apart: lane 32 / kCount i + l gets
+// that of the lanes l, l + kApart, ..
+template <int kCount, int kApart = 1, int kLanes = 32, int kSize, class R>
 __device__ __forceinline__ R sums_over_warp(R (&v)[kSize], int lane) {
-  if constexpr (kLanes > 1) {
+  if constexpr (kLanes > kApart) {
     constexpr int kHalf = kCount / 2;
     if constexpr (kCount == 1) v[0] += __shfl_xor_sync(kAllLanes, v[0], kLanes / 2);
     const bool upper = lane & kLanes / 2;
@@ -45,7 +46,7 @@ __device__ __forceinline__ R sums_over_warp(R (&v)[kSize], int lane) {
       const R given = upper ? v[i] : v[i + kHalf];
       v[i] = (upper ? v[i + kHalf] : v[i]) + __shfl_xor_sync(kAllLanes, given, kLanes / 2);
     }
-    return sums_over_warp<(kCount > 1 ? kHalf : 1), kLanes / 2>(v, lane);
+    return sums_over_warp<(kCount > 1 ? kHalf : 1), kApart, kLanes / 2>(v, lane);
   }
   return v[0];
 }

@@ -36,15 +36,16 @@ struct Product {  // 16 rows by 16 columns, as two halves of 8; see at()
   }
 };
 
-// From a tile of [row][depth], or of [depth][row].
-__device__ __forceinline__ Left left_of(const BFloat16* tile, int pitch) {
-  const unsigned lane = unsigned(ptx::lane());
+// From a tile of [row][depth], or of [depth][row]. Who asks for many gives the lane: addresses then
+// differ by constants.
+__device__ __forceinline__ Left left_of(const BFloat16* tile, int pitch,
+                                        unsigned lane = unsigned(ptx::lane())) {
   Left x;
   ptx::ldmatrix_x4(x.a, tile + lane % 16 * unsigned(pitch) + lane / 16 * 8);
   return x;
 }
-__device__ __forceinline__ Left left_of_transposed(const BFloat16* tile, int pitch) {
-  const unsigned lane = unsigned(ptx::lane());
+__device__ __forceinline__ Left left_of_transposed(const BFloat16* tile, int pitch,
+                                                   unsigned lane = unsigned(ptx::lane())) {
   Left x;
   ptx::ldmatrix_x4_trans(x.a,
                          tile + (lane % 8 + lane / 16 * 8) * unsigned(pitch) + lane / 8 % 2 * 8);
@@ -52,14 +53,14 @@ __device__ __forceinline__ Left left_of_transposed(const BFloat16* tile, int pit
 }
 
 // From a tile of [depth][column], or of [column][depth].
-__device__ __forceinline__ Right right_of(const BFloat16* tile, int pitch) {
-  const unsigned lane = unsigned(ptx::lane());
+__device__ __forceinline__ Right right_of(const BFloat16* tile, int pitch,
+                                          unsigned lane = unsigned(ptx::lane())) {
   Right x;
   ptx::ldmatrix_x4_trans(x.b, tile + lane % 16 * unsigned(pitch) + lane / 16 * 8);
   return x;
 }
-__device__ __forceinline__ Right right_of_transposed(const BFloat16* tile, int pitch) {
-  const unsigned lane = unsigned(ptx::lane());
+__device__ __forceinline__ Right right_of_transposed(const BFloat16* tile, int pitch,
+                                                     unsigned lane = unsigned(ptx::lane())) {
   Right x;
   ptx::ldmatrix_x4(x.b, tile + (lane % 8 + lane / 16 * 8) * unsigned(pitch) + lane / 8 % 2 * 8);
   return x;

@@ -40,9 +40,13 @@ struct CellSums {
   __device__ __forceinline__ R& skip(int64_t head, int64_t i) const {
     return static_cast<R*>(p.dD)[row(head) * (p.wide_D ? p.headdim : 1) + i];
   }
-  __device__ __forceinline__ void add(int64_t head, const Sums<R>& sums) const {
-    static_cast<R*>(p.dA)[row(head)] += sums.dA;
-    static_cast<R*>(p.ddt_bias)[row(head)] += sums.ddt_bias;
+  __device__ __forceinline__ R& dA(int64_t head) const { return static_cast<R*>(p.dA)[row(head)]; }
+  __device__ __forceinline__ R& ddt_bias(int64_t head) const {
+    return static_cast<R*>(p.ddt_bias)[row(head)];
+  }
+  // What is the first of a sum does not wait for the 0 that is there.
+  __device__ __forceinline__ void add(R& sum, R x, bool is_first) const {
+    sum = is_first ? x : sum + x;
   }
 
   // By all threads, who wait afterwards.
@@ -50,8 +54,7 @@ struct CellSums {
     const int64_t size = p.wide_D ? p.headdim : 1;
     for (int64_t h = task.begin; h < task.end; ++h) {
       if (threadIdx.x == 0) {
-        static_cast<R*>(p.dA)[row(h)] = 0;
-        static_cast<R*>(p.ddt_bias)[row(h)] = 0;
+        dA(h) = 0, ddt_bias(h) = 0;
       }
       for (int64_t i = threadIdx.x; i < size; i += blockDim.x) skip(h, i) = 0;
     }

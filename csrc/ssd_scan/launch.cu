@@ -77,10 +77,18 @@ int64_t parts_of(const Shape& p) {
   return std::max<int64_t>(1, std::min(part(2 * 132, tasks), p.cells() / 4));
 }
 
+// With one block to each of 132 multiprocessors, a wave of blocks takes as long as their heads and
+// what comes once for a block: B, C and G, which cost as much as two heads, and partial sums of dB
+// and dC, which cost two more.
 int64_t heads_of_task(const Shape& p) {
-  const int64_t tasks = std::max<int64_t>(p.batch * p.cells() * p.groups, 1);
-  const int64_t parts = std::min(part(2 * 132, tasks), std::max<int64_t>(p.group_heads(), 1));
-  return std::max<int64_t>(part(p.group_heads(), parts), 1);
+  const int64_t cells = p.batch * p.cells() * p.groups,
+                heads = std::max<int64_t>(p.group_heads(), 1);
+  int64_t best = heads, least = part(cells, 132) * (heads + 2);
+  for (int64_t parts = 2; parts <= std::min<int64_t>(heads, 132); ++parts) {
+    const int64_t own = part(heads, parts), cost = part(cells * part(heads, own), 132) * (own + 4);
+    if (cost < least) best = own, least = cost;
+  }
+  return best;
 }
 
 void walk(const WalkParams& p, cudaStream_t stream) {

@@ -126,7 +126,7 @@ class Gradients {
     const Sums<R> sums = decay_gradient(p_, piece, h, own.A, held * shared_.decays.whole,
                                         shared_.decays, shared_.sums, p_.ddt);
     if (threadIdx.x > 0) return;
-    cell_sums_.add(h, sums);
+    cell_sums_.dA(h) += sums.dA, cell_sums_.ddt_bias(h) += sums.ddt_bias;
   }
 
   __device__ __forceinline__ void load(const Piece& piece, int64_t h) {
@@ -368,7 +368,7 @@ void plain_gradients(const GradientParams& p, cudaStream_t stream) {
   const int64_t tasks = gradient_tasks(p);
   auto run = [&](auto* type) {
     using R = std::remove_pointer_t<decltype(type)>;
-    launch("ssd_scan gradients", plain_gradients_kernel<R>,
+    launch("ssd_scan plain gradients", plain_gradients_kernel<R>,
            std::min(blocks_for(tasks, 1), room.blocks), kPlainThreads,
            room.is_shared ? size_t(room.elements * sizeof(R)) : 0, stream, p, room.elements, tasks);
   };

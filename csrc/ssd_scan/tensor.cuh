@@ -34,16 +34,26 @@ struct TermTile {
   using Term = Tile<kRows, kColumns>;
   SharedArray<Term, kTerms> term;
 
-  // Operands of 16 x 16: of [row][depth] and of [column][depth], or of [depth][column].
-  __device__ __forceinline__ Terms<Left, kTerms> left(int row, int depth) {
-    return terms<kTerms>([&](int i) { return left_of(term[i].at(row, depth), Term::kPitch); });
-  }
-  __device__ __forceinline__ Terms<Right, kTerms> right_of_transpose(int column, int depth) {
+  // Operands of 16 x 16: of [row][depth] or [depth][row], and [column][depth] or [depth][column].
+  __device__ __forceinline__ Terms<Left, kTerms> left(int row, int depth,
+                                                      unsigned lane = unsigned(ptx::lane())) {
     return terms<kTerms>(
-        [&](int i) { return right_of_transposed(term[i].at(column, depth), Term::kPitch); });
+        [&](int i) { return left_of(term[i].at(row, depth), Term::kPitch, lane); });
   }
-  __device__ __forceinline__ Terms<Right, kTerms> right(int depth, int column) {
-    return terms<kTerms>([&](int i) { return right_of(term[i].at(depth, column), Term::kPitch); });
+  __device__ __forceinline__ Terms<Left, kTerms> left_of_transpose(
+      int depth, int row, unsigned lane = unsigned(ptx::lane())) {
+    return terms<kTerms>(
+        [&](int i) { return left_of_transposed(term[i].at(depth, row), Term::kPitch, lane); });
+  }
+  __device__ __forceinline__ Terms<Right, kTerms> right_of_transpose(
+      int column, int depth, unsigned lane = unsigned(ptx::lane())) {
+    return terms<kTerms>(
+        [&](int i) { return right_of_transposed(term[i].at(column, depth), Term::kPitch, lane); });
+  }
+  __device__ __forceinline__ Terms<Right, kTerms> right(int depth, int column,
+                                                        unsigned lane = unsigned(ptx::lane())) {
+    return terms<kTerms>(
+        [&](int i) { return right_of(term[i].at(depth, column), Term::kPitch, lane); });
   }
 
   // 8 neighbours.
@@ -63,6 +73,35 @@ struct TermTile {
         terms<kTerms>([&](int i) { return *reinterpret_cast<uint32_t*>(term[i].at(row, column)); }),
         low, high);
   }
+  __device__ __forceinline__ void get(int row, int column, float (&v)[8]) {
+    const auto packs = terms<kTerms>([&](int i) { return term[i].pack(row, column); });
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      unite(terms<kTerms>([&](int i) {
+              const uint4& x = packs.term[i];
+              return j == 0 ? x.x : j == 1 ? x.y : j == 2 ? x.z : x.w;
+            }),
+            v[2 * j], v[2 * j + 1]);
+    }
+  }
+  // Two neighbours, or 16 x 16.
+  __device__ __forceinline__ void put(int row, int column, float low, float high) {
+    const auto pairs = split<kTerms>(low, high);
+#pragma unroll
+    for (int i = 0; i < kTerms; ++i) {
+      *reinterpret_cast<uint32_t*>(term[i].at(row, column)) = pairs.term[i];
+    }
+  }
+  __device__ __forceinline__ void put(int row, int column, const Product& x) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        put(row + ptx::lane() / 4 + 8 * i, column + 8 * h + ptx::lane() % 4 * 2, x.d[h][2 * i],
+            x.d[h][2 * i + 1]);
+      }
+    }
+  }
 };
 
 __device__ __forceinline__ int round_up(int x, int by) { return (x + by - 1) / by * by; }
@@ -78,10 +117,15 @@ struct Slice {
 
   __device__ __forceinline__ Slice(const View<4>& x, const Piece& piece, int64_t head,
                                    int64_t first, int columns)
-      : dtype(x.dtype), step(piece.step * x.stride[1]), column(x.stride[3]), columns(columns) {
-    const int64_t at = piece.b * x.stride[0] + piece.begin * x.stride[1] + head * x.stride[2] +
-                       first * x.stride[3];
-    data = static_cast<const char*>(x.data) + at * element_bytes(dtype);
+      : Slice(static_cast<const char*>(x.data) +
+                  element_bytes(x.dtype) * (piece.b * x.stride[0] + piece.begin * x.stride[1] +
+                                            head * x.stride[2] + first * x.stride[3]),
+              x.dtype, piece.step * x.stride[1], x.stride[3], columns) {}
+
+  // Rows of any matrix.
+  __device__ __forceinline__ Slice(const char* data, DType dtype, int64_t step, int64_t column,
+                                   int columns)
+      : data(data), dtype(dtype), step(step), column(column), columns(columns) {
     packed = element_bytes(dtype) <= 4 && column == 1 && step * element_bytes(dtype) % 16 == 0 &&
              reinterpret_cast<uintptr_t>(data) % 16 == 0;
   }
@@ -130,18 +174,19 @@ __device__ __forceinline__ void load_tile(const Slice& x, const Piece& piece, in
   }
 }
 
-// 8 numbers of a row from column i on; 0 where there is none.
-__device__ __forceinline__ void load_numbers(const Slice& x, int row, int i, float (&v)[8]) {
-  if (x.is_pack(i)) {
-    const uint4 pack = x.pack(row, i);
-    if (x.dtype == DType::kBFloat16) return Pack<BFloat16, 8>{pack}.unpack(v);
-    if (x.dtype == DType::kFloat16) return Pack<Half, 8>{pack}.unpack(v);
-    const uint4 next = x.pack(row, i, 1);
-    const uint32_t bits[8] = {pack.x, pack.y, pack.z, pack.w, next.x, next.y, next.z, next.w};
+// 8 numbers of a row from column i on, which lie together.
+__device__ __forceinline__ void load_pack(const Slice& x, int row, int i, float (&v)[8]) {
+  const uint4 pack = x.pack(row, i);
+  if (x.dtype == DType::kBFloat16) return Pack<BFloat16, 8>{pack}.unpack(v);
+  if (x.dtype == DType::kFloat16) return Pack<Half, 8>{pack}.unpack(v);
+  const uint4 next = x.pack(row, i, 1);
+  const uint32_t bits[8] = {pack.x, pack.y, pack.z, pack.w, next.x, next.y, next.z, next.w};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = bits_to_float(bits[j]);
-    return;
-  }
+  for (int j = 0; j < 8; ++j) v[j] = bits_to_float(bits[j]);
+}
+// Any 8; 0 where there is none.
+__device__ __forceinline__ void load_numbers(const Slice& x, int row, int i, float (&v)[8]) {
+  if (x.is_pack(i)) return load_pack(x, row, i, v);
 #pragma unroll
   for (int j = 0; j < 8; ++j) v[j] = 0;
 #pragma unroll

@@ -157,6 +157,22 @@ def test_which_walk(dtypes, state, kind):
     assert emulator.launched()[-1] == kind
 
 
+@pytest.mark.parametrize(
+    "dtype, headdim, state, kilobytes",
+    [("bfloat16", 66, 4, 227), ("bfloat16", 66, 4, 163), ("bfloat16", 33, 130, 227),
+     ("float16", 33, 4, 227), ("float32", 17, 4, 227)],
+)  # fmt: skip
+def test_gradients_of_several_heads(dtype, headdim, state, kilobytes):
+    """Two heads to a block, of two blocks of columns, the next one fetched ahead where there is the
+    shared memory for it, in two pieces of a cell."""
+    if not emulator.SUPPORTED:
+        pytest.skip("the emulator needs Linux on x86-64")
+    place = emulator.emulated("random", headdim, shared=kilobytes * 1024)
+    inputs = sample(1, 3, 133, headdim, state, 1, D=2, slots=(2,), dtype=getattr(torch, dtype))
+    check(place, inputs, cu_seqlens=cu(2, 1), return_final_states=True)
+    assert "ssd_scan gradients" in emulator.launched()
+
+
 @REVERSE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_log_decay(place, dtype, reverse):
