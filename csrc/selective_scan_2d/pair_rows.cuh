@@ -62,20 +62,6 @@ __device__ __forceinline__ void stage_round_rows(const T* from, const View<4>& x
   }
 }
 
-// Eight ranks of a step, as one or two terms of 8 bits each.
-__device__ __forceinline__ void put_ranks(const float (&v)[8], bool two_terms, uint4* to,
-                                          int to_second) {
-  uint32_t term[4], rest[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    term[i] = ptx::pack_bf16(v[2 * i], v[2 * i + 1]);
-    rest[i] = ptx::pack_bf16(v[2 * i] - bits_to_float(term[i] << 16),
-                             v[2 * i + 1] - bits_to_float(term[i] & 0xffff0000));
-  }
-  *to = {term[0], term[1], term[2], term[3]};
-  if (two_terms) to[to_second] = {rest[0], rest[1], rest[2], rest[3]};
-}
-
 // Eight steps of eight ranks, to the units of which the first is `unit`.
 template <class T>
 __device__ __forceinline__ void put_ranks_of_steps(const uint32_t (&rows)[8][4], uint4* to,
@@ -93,7 +79,7 @@ __device__ __forceinline__ void put_ranks_of_steps(const uint32_t (&rows)[8][4],
       float v[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[i] = to_number(T{uint16_t(rows[i][j / 2] >> j % 2 * 16)});
-      put_ranks(v, true, to + (unit ^ j), to_second);
+      store_terms(v, to + (unit ^ j), to + (unit ^ j) + to_second);
     }
   }
 }
@@ -110,7 +96,8 @@ __device__ __forceinline__ void stage_ranks(const T* from, const View<4>& x, con
       const int row = block * 8 + i;
       v[i] = row < rank ? number_at(from, x, r, row, t, true) : 0.0f;
     }
-    put_ranks(v, !std::is_same_v<T, BFloat16>, dt + block * steps + dt_unit(t), to_second);
+    uint4* to = dt + block * steps + dt_unit(t);
+    store_terms(v, to, std::is_same_v<T, BFloat16> ? nullptr : to + to_second);
   };
   const bool packed = !(r.flags & kGhosts) && x.stride[3] == 1 && is_aligned(from, x.stride[2], 8);
   const int whole = packed ? r.steps & ~7 : 0;  // steps read eight at a time

@@ -125,6 +125,19 @@ __device__ __forceinline__ void clear(uint32_t* words, int count) {
   for (int i = ptx::opaque(int(threadIdx.x)); i < count / 4; i += int(blockDim.x)) packs[i] = {};
 }
 
+// Eight numbers in 16 bits each, and in `second`, if there is one, what that leaves.
+__device__ __forceinline__ void store_terms(const float (&x)[8], uint4* first, uint4* second) {
+  uint32_t term[4], rest[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    term[i] = ptx::pack_bf16(x[2 * i], x[2 * i + 1]);
+    rest[i] = ptx::pack_bf16(x[2 * i] - bits_to_float(term[i] << 16),
+                             x[2 * i + 1] - bits_to_float(term[i] & 0xffff0000));
+  }
+  *first = {term[0], term[1], term[2], term[3]};
+  if (second != nullptr) *second = {rest[0], rest[1], rest[2], rest[3]};
+}
+
 // A round of a route: as many neighbouring tiles as a team has warps, or fewer at the end.
 struct Round {
   int route, tiles, steps;
