@@ -88,6 +88,15 @@ __device__ __forceinline__ float f16_to_float(uint16_t bits) {
   return x;
 }
 
+// The low halves (0) or the high ones (1) of two words as one, that of `first` in the low half.
+__device__ __forceinline__ uint32_t pair_halves(int half, uint32_t first, uint32_t second) {
+  uint32_t pair;
+  asm("prmt.b32 %0, %1, %2, %3;"
+      : "=r"(pair)
+      : "r"(first), "r"(second), "r"(half ? 0x7632 : 0x5410));
+  return pair;
+}
+
 // 16 bytes of memory that no one will read again soon: read past the first-level cache, or written
 // to be the first to go.
 __device__ __forceinline__ uint4 load_streaming(const uint4* p) {

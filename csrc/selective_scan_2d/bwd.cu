@@ -34,6 +34,9 @@ struct Walk : Own<C> {
   using R = typename C::R;
   const BwdParams& p;
   R dD = 0, dbias = 0, dweight = 0;  // of the lane's steps
+  // Where all rows come in one pass: ddt_weight of the lane's steps.
+  static constexpr int kRanks = C::kTogether ? kRows - 2 : 1;
+  R ddt_weight_sum[kRanks];
   __device__ __forceinline__ Walk(const BwdParams& p, const Memory<C>& memory)
       : Own<C>{p, memory}, p(p) {}
 
@@ -61,6 +64,8 @@ __device__ __forceinline__ void begin_route(Walk<C>& w) {
     clear(w.dh(), p.state);
   }
   w.dD = w.dbias = w.dweight = 0;
+#pragma unroll
+  for (int r = 0; r < w.kRanks; ++r) w.ddt_weight_sum[r] = 0;
   __syncwarp();  // the tables are complete
 }
 
@@ -87,6 +92,15 @@ __device__ __forceinline__ void end_route(const Walk<C>& w) {
     for (int64_t i = w.lane; i < count; i += 32) static_cast<R*>(to)[row * count + i] = from[i];
   };
   table(p.dA, w.dA(), p.state);
+  if constexpr (C::kTogether) {
+#pragma unroll
+    for (int r = 0; r < w.kRanks; ++r) {
+      if (r >= p.rank) break;
+      const R sum = sum_over_warp(w.ddt_weight_sum[r]);
+      if (w.lane == r) w.ddt_weight()[r] = sum;
+    }
+    __syncwarp();  // the table is complete
+  }
   if (p.rank > 0) table(p.ddt_weight, w.ddt_weight(), p.rank);
   auto sum = [&](void* to, R x) {
     x = sum_over_warp(x);
@@ -167,6 +181,7 @@ __device__ __forceinline__ void begin_steps(const Walk<C>& w, const Parameters<t
     gather<C>(w.plane(kU), flags, s.at, s.u);
     gather<C>(w.plane(kDy), flags, s.at, s.dy);
   }
+  add_bias<C>(k.bias, s.delta);
 #pragma unroll
   for (int j = 0; j < C::kItems; ++j) {
     s.slope[j] = 1;
@@ -176,13 +191,14 @@ __device__ __forceinline__ void begin_steps(const Walk<C>& w, const Parameters<t
   }
   if (p.delta_softplus) {
 #pragma unroll
-    for (int j = 0; j < C::kItems; ++j) s.slope[j] = sigmoid(s.delta[j] + k.bias);
+    for (int j = 0; j < C::kItems; ++j) s.delta[j] = softplus(s.delta[j], s.slope[j]);
   }
   if (flags & kHoles) {
 #pragma unroll
-    for (int j = 0; j < C::kItems; ++j) s.slope[j] = s.at[j] == kSkip ? 0 : s.slope[j];
+    for (int j = 0; j < C::kItems; ++j) {
+      if (s.at[j] == kSkip) s.delta[j] = s.slope[j] = 0;
+    }
   }
-  find_step_sizes<C>(p, k.bias, flags, s.at, s.delta);
 }
 
 // What needs y: the gradients of the weights and of the gate.
@@ -223,21 +239,32 @@ template <class C>
 __device__ __forceinline__ void add_to_dt_weight(Walk<C>& w, const Pass& pass, typename C::R* rows,
                                                  const typename C::Items& ddelta) {
   using R = typename C::R;
-#pragma unroll 1
-  for (int r = 0; r < pass.rows; r += 4) {
-    R sums[4];
+  if constexpr (C::kTogether) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      sums[i] = 0;
-      if (r + i >= pass.rows) continue;
+    for (int r = 0; r < w.kRanks; ++r) {
+      if (r >= pass.rows) break;
       typename C::Items dt;
-      load_items<C>(rows + (r + i) * C::kSteps, w.lane, dt);
+      load_items<C>(rows + r * C::kSteps, w.lane, dt);
 #pragma unroll
-      for (int j = 0; j < C::kItems; ++j) sums[i] += ddelta[j] * dt[j];
+      for (int j = 0; j < C::kItems; ++j) w.ddt_weight_sum[r] += ddelta[j] * dt[j];
     }
-    const R sum = sums_over_warp<4>(sums, w.lane);
-    const int mine = r + w.lane / 8;
-    if (w.lane % 8 == 0 && mine < pass.rows) w.ddt_weight()[pass.first_row + mine] += sum;
+  } else {
+#pragma unroll 1
+    for (int r = 0; r < pass.rows; r += 4) {
+      R sums[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums[i] = 0;
+        if (r + i >= pass.rows) continue;
+        typename C::Items dt;
+        load_items<C>(rows + (r + i) * C::kSteps, w.lane, dt);
+#pragma unroll
+        for (int j = 0; j < C::kItems; ++j) sums[i] += ddelta[j] * dt[j];
+      }
+      const R sum = sums_over_warp<4>(sums, w.lane);
+      const int mine = r + w.lane / 8;
+      if (w.lane % 8 == 0 && mine < pass.rows) w.ddt_weight()[pass.first_row + mine] += sum;
+    }
   }
 }
 
@@ -358,9 +385,14 @@ __device__ __forceinline__ void read_planes(const BwdParams& p, const Memory<C>&
   const bool first = route + 1 == p.routes;
   if constexpr (C::kHalves) {
     const auto words = planes_of(p, memory, 0);
-    if (first || p.u_per_route) read_halves(p.u, task, route, p.tokens, 0, words);
+    auto half = [&](int i) {
+      return [&words, i](int c, int t) -> uint16_t& {
+        return reinterpret_cast<uint16_t*>(&words.at(c, t))[i];
+      };
+    };
+    if (first || p.u_per_route) read_halves(p.u, task, route, p.tokens, half(0));
     if (first || p.y_per_route) {
-      read_halves(p.dy, task, p.y_per_route ? route : 0, p.tokens, 1, words);
+      read_halves(p.dy, task, p.y_per_route ? route : 0, p.tokens, half(1));
     }
     return;
   }
@@ -425,6 +457,7 @@ __global__ __launch_bounds__(kBwdThreads, 1) void bwd_kernel(const __grid_consta
 }  // namespace
 
 void bwd(const BwdParams& p, cudaStream_t stream) {
+  if (p.plan.pair.pairs > 0) return bwd_pairs(p, stream);
   const int64_t tasks = p.batch * p.plan.blocks;
   if (tasks == 0) return;
   with_config<true>(p, [&](auto config) {

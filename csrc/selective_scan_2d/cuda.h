@@ -14,14 +14,39 @@ inline constexpr int kWarps = 8;  // with a channel, at most
 inline constexpr int kFwdThreads = 32 * (kWarps + 2);
 inline constexpr int kBwdThreads = 32 * kWarps;  // one at least without
 inline constexpr int kShortTile = 64, kLongTile = 256;
+// Where a lane has two channels, see pairs.cuh: warps with channels, as registers allow, and helpers.
+constexpr int pair_warps(bool backward, bool one_state) {
+  return backward ? 6 : one_state ? 16 : 12;
+}
+constexpr int pair_helpers(bool backward) { return backward ? 2 : 4; }
+template <bool kBackward, bool kOneState>
+inline constexpr int kPairThreads =
+    32 * (pair_warps(kBackward, kOneState) + pair_helpers(kBackward));
+inline constexpr int kMaxTeam = 4;
 
 // Where a step is in a plane of tokens; negative: a step of no token.
 enum Place : int32_t { kGhost = -1, kSkip = -2 };
-// What a tile's steps have to look out for.
+// What a tile's steps have to look out for; tiles that a team walks side by side have the same flags.
 enum TileFlag : int32_t {
   kRepeats = 1,  // a token comes twice
   kHoles = 2,    // there are steps of no token, or steps past the end (which are skipped)
   kResets = 4,   // the state starts anew
+  kGhosts = 8,   // there are steps of no token before the end
+};
+
+// How a block that goes along routes with pairs of channels lies in shared memory, see pairs.cuh.
+struct PairLayout {
+  int pairs;                   // of a block; 0: a kernel without pairs
+  int team, team_log2;         // warps that walk neighbouring tiles of a pair side by side
+  int helpers;                 // warps without channels
+  int rank_blocks, dt_blocks;  // of eight: of ranks; of rows in shared memory
+  int items;                   // of a pair's table
+  int pitch;                   // tokens of a plane, with spare ones in between
+  int B, C, place, buffer;     // bytes: where they are in a buffer of rows, and how large that is
+  int buffers, weight, table, map, words, sums;  // bytes: where they are
+  // Of the backward: words of dy, shares of dB and dC, ddelta, sums of each team and of each helper.
+  int dy, shares, ddelta, team_sums, helper_sums;
+  int64_t bytes;  // of all
 };
 
 // How a problem is dealt out. `Problem::chunk` is the tile.
@@ -35,6 +60,7 @@ struct Plan {
   int rows;        // in shared memory at a time, twice
   int table;       // elements of a channel's tables
   int pitch;       // tokens of a plane, with spare ones in between
+  PairLayout pair;
   int64_t shared_bytes;
   int64_t grid;            // blocks of the launch
   int64_t plane_elements;  // in global memory, for all blocks of the launch
@@ -110,7 +136,9 @@ void find_repeats(const Inputs& p, int32_t* visits, cudaStream_t stream);
 void find_places(const Inputs& p, int32_t* place, int32_t* flags, cudaStream_t stream);
 
 void fwd(const FwdParams& p, cudaStream_t stream);
+void fwd_pairs(const FwdParams& p, cudaStream_t stream);  // what fwd does if the plan has pairs
 void bwd(const BwdParams& p, cudaStream_t stream);
+void bwd_pairs(const BwdParams& p, cudaStream_t stream);
 void fwd_in_parts(const FwdParams& p, cudaStream_t stream);
 void bwd_in_parts(const BwdParams& p, cudaStream_t stream);
 

@@ -310,10 +310,17 @@ __global__ __launch_bounds__(kCarryThreads) void carry_kernel(const Inputs p, co
 // Are parts faster than routes as wholes with planes in shared memory? In cycles, by the instructions of
 // docs/selective_scan_2d.md on 132 multiprocessors.
 bool are_faster(const Problem& p, bool backward, const Plan& whole, int64_t groups) {
-  // A warp has a tile, and issues every third cycle: too few are there to hide its latencies.
-  const int64_t tile = backward ? 1220 + 540 * p.state : 480 + 113 * p.state;
+  // A warp has a tile, and issues every third cycle: too few are there to hide its latencies. Those of
+  // pairs of channels issue 0.8 of the time, if there are enough of them.
+  const PairLayout& pair = whole.pair;
+  const bool pairs = pair.pairs > 0;
+  const int64_t tile = pairs      ? backward ? 1650 : 480 + 115 * p.state
+                       : backward ? 1220 + 540 * p.state
+                                  : 480 + 113 * p.state;
+  const int64_t rounds = pairs ? (p.chunks() + pair.team - 1) / pair.team : p.chunks();
+  const int64_t together = pairs ? pair.pairs * pair.team * 3 / 8 : 0;
   const int64_t turns = (p.batch * whole.blocks + 131) / 132;
-  const int64_t wholes = turns * p.routes * p.chunks() * 3 * tile;
+  const int64_t wholes = turns * p.routes * rounds * std::max<int64_t>(3, together) * tile;
   // A warp has a step of 32 channels, and 0.6 of all issue slots are used; launches come on top.
   const int64_t step = backward ? 250 + 40 * p.state : 110 + 12 * p.state;
   const int64_t warp_steps = p.batch * p.routes * p.steps * groups;

@@ -4,59 +4,126 @@
 
 #include "common/divisor.h"
 #include "common/launch.h"
+#include "selective_scan_2d/pairs.cuh"
 #include "selective_scan_2d/tile.cuh"
 
 namespace statescan::selective_scan_2d::cuda {
 namespace {
 
+// The places of a group of tiles, and once more, so that a step may look at those that come round.
 struct Seen {
-  SharedArray<int32_t, kLongTile> place;
+  SharedArray<int32_t, 2 * kMaxTeam * kLongTile> place;
 };
 
-// Block: a tile of a route; thread: a step. Whether a token comes twice is asked of every pair.
-__global__ __launch_bounds__(kLongTile) void places_kernel(const Inputs p, Divisor tiles,
+__device__ __forceinline__ int32_t find_place(const Inputs& p, int64_t table, int64_t route,
+                                              int64_t t) {
+  if (t >= p.steps) return kSkip;
+  const int token = token_at(p, table, route, t);
+  if (token < 0) return token;
+  return p.plan.pair.pairs > 0 ? in_pair_plane(token) : in_plane(token);
+}
+
+// Block: the tiles of a route that are walked side by side; thread: a step of each of them. Whether a
+// token comes twice in the group is asked of every pair of its steps: each looks at the half of the
+// others that follow it round in a circle.
+__global__ __launch_bounds__(kLongTile) void places_kernel(const Inputs p, Divisor groups,
                                                            Divisor routes, int32_t* place,
                                                            int32_t* flags, int64_t tasks) {
   Seen& seen = block_shared<Seen>();
   const int i = int(threadIdx.x), chunk = int(p.chunk);
+  const int most = p.plan.pair.pairs > 0 ? p.plan.pair.team : 1;
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    int64_t tile, route;
-    const int64_t table = routes.divide(tiles.divide(task, tile), route);
-    const int64_t t = tile * p.chunk + i;
-    int32_t found = kSkip;
-    if (i < chunk && t < p.steps) {
-      const int token = token_at(p, table, route, t);
-      found = token < 0 ? token : in_plane(token);
+    int64_t group, route;
+    const int64_t table = routes.divide(groups.divide(task, group), route);
+    const int64_t first = group * most, row = (table * p.routes + route) * p.tiles + first;
+    const int tiles = p.tiles - first < most ? int(p.tiles - first) : most, steps = tiles * chunk;
+    int any = 0;      // flags of all of the group
+    __syncthreads();  // the group before has been looked at
+    for (int k = 0; k < tiles; ++k) {
+      const int64_t t = (first + k) * p.chunk + i;
+      const int32_t found = i < chunk ? find_place(p, table, route, t) : int32_t(kSkip);
+      if (i < chunk) {
+        place[(row + k) * chunk + i] = found;
+        seen.place[k * chunk + i] = seen.place[steps + k * chunk + i] = found;
+      }
+      const bool inside = i < chunk && t < p.steps;
+      if (__syncthreads_or(i < chunk && found < 0)) any |= kHoles;
+      if (__syncthreads_or(inside && found < 0)) any |= kGhosts;
+      if (__syncthreads_or(inside && p.resets_at(t))) any |= kResets;
     }
-    __syncthreads();  // the tile before has been looked at
-    seen.place[i] = found;
-    __syncthreads();  // all steps of the tile are known
     bool repeats = false;
-    for (int j = 0; j < i && found >= 0; ++j) repeats |= seen.place[j] == found;
-    const int any_repeat = __syncthreads_or(repeats);
-    const int any_hole = __syncthreads_or(i < chunk && found < 0);
-    const int any_reset = __syncthreads_or(i < chunk && t < p.steps && p.resets_at(t));
-    if (i < chunk) place[task * p.chunk + i] = found;
-    if (i == 0) {
-      flags[task] =
-          (any_repeat ? kRepeats : 0) | (any_hole ? kHoles : 0) | (any_reset ? kResets : 0);
+    for (int k = i; k < steps; k += kLongTile) {
+      const int32_t mine = seen.place[k];
+      if (mine < 0) continue;
+#pragma unroll 8
+      for (int j = 1; j <= steps / 2; ++j) repeats |= seen.place[k + j] == mine;
     }
+    if (__syncthreads_or(repeats)) any |= kRepeats;
+    if (i < tiles) flags[row + i] = any;
   }
 }
 
 }  // namespace
 
 void find_places(const Inputs& p, int32_t* place, int32_t* flags, cudaStream_t stream) {
-  const int64_t tasks = p.tables() * p.routes * p.tiles;
+  const int64_t group = p.plan.pair.pairs > 0 ? p.plan.pair.team : 1;
+  const int64_t groups = (p.tiles + group - 1) / group, tasks = p.tables() * p.routes * groups;
   if (tasks == 0) return;
   launch("selective_scan_2d places", places_kernel, blocks_for(tasks, 1), kLongTile, 0, stream, p,
-         Divisor(p.tiles), Divisor(p.routes), place, flags, tasks);
+         Divisor(groups), Divisor(p.routes), place, flags, tasks);
 }
+
+namespace {
+
+// Pairs of channels that go side by side, see pairs.cuh: none where the map, the rows or the options do
+// not allow it. Chosen for the number of multiprocessors at work (of the 132 of an H100) and of warps on
+// each, the sixteenth of which is worth less than the first; then for many channels to a block, which
+// share rows.
+PairLayout find_pairs(const Problem& p, bool backward, const View<4>& dy, int64_t shared_limit) {
+  constexpr int64_t kMultiprocessors = 132, kLatency = 6;
+  const int most_warps = pair_warps(backward, p.state == 1);
+  PairLayout best{};
+  if (backward && (p.state > 1 || p.z || p.weights || !dy || element_bytes(dy.dtype) != 2)) {
+    return best;
+  }
+  if (p.compute != DType::kFloat32 || p.chunk != kLongTile || p.steps == 0 ||
+      element_bytes(p.u.dtype) != 2 || p.rank == 0 || element_bytes(p.delta.dtype) != 2 ||
+      p.reset_period > 0 || p.carry || p.u_per_route || p.y_per_route ||
+      p.batch * p.dim > kMaxBlocks || p.tokens * 12 + p.rank * 64 + p.state * 24 > shared_limit) {
+    return best;
+  }
+  const int64_t all = (p.dim + 1) / 2;
+  double most = 0;
+  for (int pairs = int(std::min<int64_t>(most_warps, all)); pairs > 0; --pairs) {
+    const int64_t blocks = (all + pairs - 1) / pairs;
+    const int dealt = int((all + blocks - 1) / blocks);
+    for (int log2 = 0; dealt << log2 <= most_warps && 1 << log2 <= kMaxTeam; ++log2) {
+      const int64_t warps = dealt << log2;
+      if (log2 > 0 && p.chunks() <= 1 << (log2 - 1)) break;  // some would have nothing to do
+      const PairLayout x = pair_layout(p, backward, dealt, log2);
+      if (x.bytes > shared_limit || warps < std::min<int64_t>(4, all)) continue;
+      const int64_t busy = std::min(kMultiprocessors, p.batch * blocks);
+      const double speed = double(busy * warps) / double(warps + kLatency);
+      if (speed > most) most = speed, best = x;
+    }
+  }
+  return best;
+}
+
+}  // namespace
 
 Plan plan(const Problem& p, bool backward, const View<4>& dy, int64_t shared_limit) {
   const int64_t bytes = element_bytes(p.compute), delta_rows = p.rank > 0 ? p.rank : kWarps;
   const int64_t shares = backward ? 3 : 0;
   Plan plan{};
+  plan.pair = find_pairs(p, backward, dy, shared_limit);
+  if (plan.pair.pairs > 0) {
+    plan.channels = 2 * plan.pair.pairs, plan.blocks = (p.dim + plan.channels - 1) / plan.channels;
+    plan.on_chip = plan.fast = plan.together = true;
+    plan.pitch = plan.pair.pitch, plan.shared_bytes = plan.pair.bytes;
+    plan.grid = blocks_for(p.batch * plan.blocks, 1);
+    return plan;
+  }
   plan.pitch = int(plane_pitch(p.tokens));
   plan.table = int(backward ? 3 * p.state + p.rank : 2 * p.state);
   plan.table += plan.table % 2;  // planes begin at a multiple of two elements

@@ -12,7 +12,7 @@ namespace statescan::selective_scan_2d::cuda {
 template <class T, class F>
 __device__ __forceinline__ void for_tokens(T* first, int64_t channel_stride, int64_t token_stride,
                                            int channels, int64_t tokens, F&& f) {
-  const int thread = int(threadIdx.x);
+  const int thread = ptx::opaque(int(threadIdx.x));  // found out anew, see there
   const std::integral_constant<int, 1> one;
   constexpr int kVec = sizeof(T) < 8 ? kPackSize<T> : 1;
   int64_t done = 0;
@@ -29,10 +29,12 @@ __device__ __forceinline__ void for_tokens(T* first, int64_t channel_stride, int
     }
   }
   if (token_stride > channel_stride && token_stride > 1) {  // channels are neighbours in memory
-    const int c = thread % kWarps;
+#pragma unroll 1
+    for (int c = thread % kWarps; c < channels; c += kWarps) {
 #pragma unroll 2
-    for (int64_t t = thread / kWarps; t < tokens; t += int(blockDim.x) / kWarps) {
-      if (c < channels) f(one, first + c * channel_stride + t * token_stride, c, int(t));
+      for (int64_t t = thread / kWarps; t < tokens; t += int(blockDim.x) / kWarps) {
+        f(one, first + c * channel_stride + t * token_stride, c, int(t));
+      }
     }
     return;
   }
@@ -46,8 +48,9 @@ __device__ __forceinline__ void for_tokens(T* first, int64_t channel_stride, int
 }
 
 // Planes of one kind, of all channels of the block.
-template <class R>
+template <class R_>
 struct Planes {
+  using R = R_;
   R* first;
   int pitch;
   __device__ __forceinline__ R& at(int c, int token) const {
@@ -77,9 +80,11 @@ __device__ __forceinline__ R meet(Meet how, R number, R x) {
   return number * (how == Meet::kTimesSilu ? x * gate : silu_slope(x, gate));
 }
 
-template <class R>
+// P: Planes, or pairs of them.
+template <class P>
 __device__ __forceinline__ void read_tokens(const View<4>& x, const Task& task, int64_t route,
-                                            int64_t tokens, Meet how, const Planes<R>& planes) {
+                                            int64_t tokens, Meet how, const P& planes) {
+  using R = typename P::R;
   with_device_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (sizeof(T) <= sizeof(R)) {
@@ -110,16 +115,15 @@ __device__ __forceinline__ void read_tokens(const View<4>& x, const Task& task, 
   });
 }
 
-// Reads 16-bit elements as they are into the low (0) or high (1) halves of planes.
+// Reads 16-bit elements as they are into halves of words: half(c, token) says where.
+template <class Half>
 __device__ __forceinline__ void read_halves(const View<4>& x, const Task& task, int64_t route,
-                                            int64_t tokens, int half, const Planes<float>& planes) {
+                                            int64_t tokens, Half&& half) {
   const uint16_t* first = static_cast<const uint16_t*>(x.data) + task.b * x.stride[0] +
                           route * x.stride[1] + task.channel * x.stride[2];
   for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens,
              [&](auto size, const uint16_t* from, int c, int t) {
-               auto put = [&](int i, uint32_t bits) {
-                 reinterpret_cast<uint16_t*>(&planes.at(c, t + i))[half] = uint16_t(bits);
-               };
+               auto put = [&](int i, uint32_t bits) { half(c, t + i) = uint16_t(bits); };
                if constexpr (decltype(size)::value == 1) {
                  put(0, *from);
                } else {
@@ -131,9 +135,9 @@ __device__ __forceinline__ void read_halves(const View<4>& x, const Task& task, 
              });
 }
 
-template <class R>
+template <class P>
 __device__ __forceinline__ void write_tokens(const View<4>& x, const Task& task, int64_t route,
-                                             int64_t tokens, const Planes<R>& planes) {
+                                             int64_t tokens, const P& planes) {
   with_device_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* first = static_cast<T*>(x.data) + task.b * x.stride[0] + route * x.stride[1] +

@@ -64,13 +64,18 @@ __device__ __forceinline__ void stage_rows(const T* data, const View<4>& x, cons
                   tile.begin * x.stride[3];
   if constexpr (sizeof(R) == 4) {
     constexpr int kVec = kPackSize<T>, kPacks = C::kSteps / kVec;
-    if (tile.steps == C::kSteps && !(tile.flags & kHoles) && x.stride[3] == 1 &&
-        is_aligned(from, x.stride[2], kVec)) {
+    if (!(tile.flags & kGhosts) && x.stride[3] == 1 && is_aligned(from, x.stride[2], kVec)) {
 #pragma unroll(C::kFast ? 4 : 1)
       for (int i = helpers.thread; i < count * kPacks; i += helpers.count) {
         const int row = i / kPacks, t = i % kPacks * kVec;
-        float v[kVec];
-        Pack<T, kVec>::load(from + row * x.stride[2] + t).unpack(v);
+        const T* first = from + row * x.stride[2] + t;
+        float v[kVec] = {};
+        if (t + kVec <= tile.steps) {
+          Pack<T, kVec>::load(first).unpack(v);
+        } else if (t < tile.steps) {
+#pragma unroll
+          for (int j = 0; j < kVec; ++j) v[j] = t + j < tile.steps ? to_number(first[j]) : 0.0f;
+        }
 #pragma unroll
         for (int j = 0; j < kVec; j += 4) {  // four neighbours in time are neighbours in a row
           several<4>(rows[row * C::kSteps + in_row<C>(t + j)]) = {v[j], v[j + 1], v[j + 2],
@@ -137,13 +142,18 @@ __device__ __forceinline__ void add_delta(const Inputs& p, typename C::R* rows, 
   }
 }
 
+template <class C>
+__device__ __forceinline__ void add_bias(typename C::R bias, typename C::Items& delta) {
+#pragma unroll
+  for (int j = 0; j < C::kItems; ++j) delta[j] += bias;
+}
+
 // The step sizes of a lane; 0 at steps to skip.
 template <class C>
 __device__ __forceinline__ void find_step_sizes(const Inputs& p, typename C::R bias, int flags,
                                                 const int (&at)[C::kItems],
                                                 typename C::Items& delta) {
-#pragma unroll
-  for (int j = 0; j < C::kItems; ++j) delta[j] += bias;
+  add_bias<C>(bias, delta);
   if (p.delta_softplus) {
 #pragma unroll
     for (int j = 0; j < C::kItems; ++j) delta[j] = softplus(delta[j]);

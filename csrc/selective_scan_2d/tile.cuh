@@ -177,8 +177,8 @@ __device__ __forceinline__ void for_packs_of_row(int lane, F&& f) {
   for (int i = 0; i < C::kItems; i += kPack)
     f(std::integral_constant<int, kPack>{}, i, i * 32 + lane * kPack);
 }
-template <class C>
-__device__ __forceinline__ void load_items(typename C::R* row, int lane, typename C::Items& x) {
+template <class C, class E>
+__device__ __forceinline__ void load_items(E* row, int lane, E (&x)[C::kItems]) {
   for_packs_of_row<C>(lane, [&](auto pack, int i, int at) {
     const auto v = several<decltype(pack)::value>(row[at]);
 #pragma unroll

@@ -110,6 +110,8 @@ __global__ void scalars_kernel(const float* x, float* y, uint32_t* pair) {
   y[2 * i] = ptx::ex2(x[i]);
   y[2 * i + 1] = ptx::rcp(x[i]);
   pair[2 * i] = ptx::pack_bf16(x[i], -x[i]);
+  pair[64 + 2 * i] = ptx::pair_halves(0, 0x40003 + i, 0x50007 + 2 * i);
+  pair[64 + 2 * i + 1] = ptx::pair_halves(1, 0x40003 + (i << 16), 0x50007);
   pair[2 * i + 1] = ptx::pack_f16(x[i], ptx::f16_to_float(uint16_t(0x3c00 + ptx::lane())));
 }
 
@@ -117,7 +119,7 @@ void scalars(int) {
   std::vector<float> values(32);
   for (int i = 0; i < 32; ++i) values[i] = (i - 15.5f) * 1.37f;
   DeviceArray<float> x(values), y(64);
-  DeviceArray<uint32_t> pair(64);
+  DeviceArray<uint32_t> pair(128);
   launch("scalars", scalars_kernel, 1, 32, 0, nullptr, x.data(), y.data(), pair.data());
   const std::vector<float> got = y.values();
   const std::vector<uint32_t> pairs = pair.values();
@@ -127,6 +129,8 @@ void scalars(int) {
     expect(std::fabs(got[2 * i + 1] * double(v) - 1) < 3e-7, "rcp");
     const uint32_t low = from_float<BFloat16>(v).bits, high = from_float<BFloat16>(-v).bits;
     expect(pairs[2 * i] == (low | high << 16), "pack_bf16");
+    expect(pairs[64 + 2 * i] == 0x70003u + (unsigned(i) << 17) + unsigned(i), "low halves");
+    expect(pairs[64 + 2 * i + 1] == 0x50004u + unsigned(i), "high halves");
     expect(pairs[2 * i + 1] == (from_float<Half>(v).bits | uint32_t(0x3c00 + i) << 16), "f16");
   }
 }

@@ -28,6 +28,10 @@ inline uint32_t pack_f16(float low, float high) {
 }
 inline float f16_to_float(uint16_t bits) { return to_float(Half{bits}); }
 
+inline uint32_t pair_halves(int half, uint32_t first, uint32_t second) {
+  return half ? first >> 16 | (second & 0xffff0000) : (first & 0xffff) | second << 16;
+}
+
 inline uint4 load_streaming(const uint4* p) { return *p; }
 inline void store_streaming(uint4* p, uint4 v) { *p = v; }
 inline void store(uint2* p, uint2 v) { *p = v; }
