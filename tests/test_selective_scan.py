@@ -118,13 +118,14 @@ def test_every_operand_may_have_its_own_dtype():
     check(inputs, return_last_state=True)
 
 
-def test_out_dtype():
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float64], ids=str)
+def test_out_dtype(out_dtype):
     inputs = sample(dtype=torch.bfloat16, seqlen=33)
-    y = ours(**inputs, out_dtype=torch.float32)
-    assert y.dtype == torch.float32
+    y = ours(**inputs, out_dtype=out_dtype)
+    assert y.dtype == out_dtype
     # From 16-bit inputs, but not rounded to 16 bits on the way out.
     assert_close("y", y, theirs(**in_double(inputs)), torch.float32)
-    check(inputs, out_dtype=torch.float32)
+    check(inputs, out_dtype=out_dtype)
 
 
 @pytest.mark.parametrize("absent", ["D", "z", "delta_bias", "initial_state", "delta_softplus"])

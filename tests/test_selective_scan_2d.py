@@ -248,14 +248,15 @@ def test_every_operand_may_have_its_own_dtype():
     check(inputs, along)
 
 
-def test_out_dtype():
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float64], ids=str)
+def test_out_dtype(out_dtype):
     along = routes.cross2d(4, 5)
     inputs = sample(along, dtype=torch.bfloat16)
-    y = ours(**inputs, routes=along, out_dtype=torch.float32)
-    assert y.dtype == torch.float32
+    y = ours(**inputs, routes=along, out_dtype=out_dtype)
+    assert y.dtype == out_dtype
     # From 16-bit inputs, but not rounded to 16 bits on the way out.
     assert_close("y", y, theirs(**in_double(inputs), routes=along), torch.float32)
-    check(inputs, along, out_dtype=torch.float32)
+    check(inputs, along, out_dtype=out_dtype)
 
 
 @pytest.mark.parametrize("absent", [*OPTIONAL, "delta_softplus"])

@@ -117,6 +117,7 @@ selective_scan_2d_bwd(const OptionalTensor& dy, const OptionalTensor& dlast_stat
   cuda::BwdParams p{};
   static_cast<Problem&>(p) = check_on_gpu(x, reset_period, carry, delta_softplus, merge, chunk);
   check_gradients(dy, dlast_state, chunk_states, p);
+  if (dy) check_no_wider("dy", *dy, p.compute);
   check_same_device("chunk_states", chunk_states, u);
   if (dy) check_same_device("dy", *dy, u);
   if (dlast_state) check_same_device("dlast_state", *dlast_state, u);

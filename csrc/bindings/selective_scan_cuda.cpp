@@ -177,7 +177,7 @@ void check_gradients(const OptionalTensor& dy, const OptionalTensor& dlast_state
   check_same_device("chunk_states", chunk_states, x.u);
   for (const auto& [name, t] :
        {std::pair{"dy", &dy}, {"dlast_state", &dlast_state}, {"dstates", &dstates}}) {
-    if (*t) check_same_device(name, **t, x.u);
+    if (*t) check_same_device(name, **t, x.u), check_no_wider(name, **t, p.compute);
   }
   if (dy) check_shape("dy", *dy, "(batch, dim, seqlen)", {p.batch, p.dim, p.seqlen});
   if (dlast_state) check_shape("dlast_state", *dlast_state, "of last_state", state_sizes);

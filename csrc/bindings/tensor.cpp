@@ -33,6 +33,13 @@ void check_dim(const char* name, const Tensor& t, const char* symbols, int64_t d
   }
 }
 
+void check_no_wider(const char* name, const Tensor& t, DType compute) {
+  if (compute != DType::kFloat64 && float_dtype(name, t) == DType::kFloat64) {
+    fail(std::string(name) + " must be float32, float16 or bfloat16 where no operand is float64, " +
+         "got float64");
+  }
+}
+
 void check_same_device(const char* name, const Tensor& t, const Tensor& like) {
   const bool both_cpu = t.is_cpu() && like.is_cpu();
   if (both_cpu ||

@@ -34,6 +34,8 @@ void check_dim(const char* name, const Tensor& t, const char* symbols, int64_t d
 void check_cpu(const char* name, const Tensor& t);
 // fail unless both are on the CPU, or on the same GPU.
 void check_same_device(const char* name, const Tensor& t, const Tensor& like);
+// float64 only where `compute` is.
+void check_no_wider(const char* name, const Tensor& t, DType compute);
 
 // fail unless the dtype is one of the four floating-point types.
 DType float_dtype(const char* name, const Tensor& t);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -38,6 +39,10 @@ int registers_of([[maybe_unused]] const char* name,
 #endif
 }
 
+// Shared memory is asked for of the kernel, not of the launch: another thread's request must not come
+// between the two.
+inline std::mutex shared_memory_mutex;
+
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads,
             size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
@@ -50,7 +55,9 @@ void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int
       [](void* closure) { (*static_cast<decltype(body)*>(closure))(); }, &body);
 #else
   auto check = [&](cudaError_t error) { check_cuda(name, error, cudaGetErrorString(error)); };
+  std::unique_lock<std::mutex> lock(shared_memory_mutex, std::defer_lock);
   if (shared_bytes > 48 * 1024) {  // more than that has to be asked for
+    lock.lock();
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   }

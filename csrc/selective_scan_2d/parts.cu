@@ -332,9 +332,8 @@ bool are_faster(const Problem& p, bool backward, const Plan& whole, int64_t grou
 
 Parts plan_parts(const Problem& p, bool backward, const Plan& whole, int64_t shared_limit) {
   Parts parts{};
-  if (p.compute != DType::kFloat32 || p.batch * p.dim * p.steps * p.tokens * p.state == 0) {
-    return parts;
-  }
+  const int64_t least = std::min({p.batch, p.dim, p.steps, p.tokens, p.state});
+  if (p.compute != DType::kFloat32 || least == 0) return parts;
   parts.groups = (p.dim + kLanes - 1) / kLanes;
   if (whole.on_chip && !are_faster(p, backward, whole, parts.groups)) return Parts{};
   parts.plane_elements = p.batch * parts.groups * kLanes * p.tokens;

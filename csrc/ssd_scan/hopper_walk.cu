@@ -50,6 +50,7 @@ class HopperWalk : HopperGroup<kN, kUnits> {
     for (int count = 0;; ++count) {
       at_ = count % kStages;
       ptx::mbarrier_wait(&tiles_.full[at_], unsigned(count / kStages) % 2);
+      __syncwarp();  // lanes that waited apart go on together: products are of whole warps
       if (stage().piece.rows == 0) break;
       walk_piece(p_, stage().cell, stage().piece, *this);
       __syncwarp();  // the warp is done with the stage

@@ -33,7 +33,8 @@ __global__ __launch_bounds__(kThreads) void carry_kernel(const WalkParams p, Div
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
         if (first + k >= p.parts) break;
-        S = a[k] < 0 ? walked[k] : a[k] * S + walked[k];
+        // Where decays grow, the part's may be infinite though no cell's is: zero stays zero.
+        S = a[k] < 0 || S == 0 ? walked[k] : a[k] * S + walked[k];
         carry[(first + k) * tasks + i] = S;
       }
     }

@@ -9,6 +9,7 @@ import test_selective_scan as on_cpu
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statescan.ops import _register
 from statescan.testing import TOLERANCE, assert_close
 from test_selective_scan import channel_last, cu, ids, in_double, sample, theirs
 
@@ -72,6 +73,7 @@ def test_dtypes_and_layouts(place, dtype, layout, state):
         check(place, inputs)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         check(place, inputs, reverse=True, out_dtype=wide)
+        check(place, inputs, out_dtype=torch.float64)
 
 
 def channel_last_of(x):
@@ -376,6 +378,15 @@ def test_fuzz(data):
             inputs[name] = channel_last(inputs[name]).requires_grad_()
     policy = draw(st.sampled_from(["forward", "reverse", "random"]), "policy")
     check(emulator.emulated(policy, draw(st.integers(0, 9), "order")), inputs, **options, slack=30)
+
+
+def test_a_wider_gradient_than_all_operands_is_refused(place, monkeypatch):
+    """Of the backward operator; autograd's formula makes it narrower."""
+    monkeypatch.setattr(_register, "no_wider", lambda dy, *operands: dy)
+    with pytest.raises(
+        ValueError, match="dy must be float32, float16 or bfloat16 where no operand"
+    ):
+        check(place, sample(), out_dtype=torch.float64)
 
 
 # ---- errors: those of the CPU, but for the values of indices, which stay on the device

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from statescan import routes
+from statescan.ops import _register
 from statescan.routes import GHOST, SKIP, Routes
 from statescan.testing import TOLERANCE, assert_close
 from test_selective_scan_2d import FAMILIES, OPTIONAL, channel_last, holes, in_double, sample
@@ -132,13 +133,14 @@ def test_every_operand_may_have_its_own_dtype(place):
     check(place, inputs, along)
 
 
-def test_out_dtype(place):
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float64], ids=str)
+def test_out_dtype(place, out_dtype):
     along = routes.cross2d(4, 5)
     inputs = sample(along, dtype=torch.bfloat16)
-    y = place(on_cpu.ours, **inputs, routes=along, out_dtype=torch.float32)
-    assert y.dtype == torch.float32
+    y = place(on_cpu.ours, **inputs, routes=along, out_dtype=out_dtype)
+    assert y.dtype == out_dtype
     assert_close("y", y, on_cpu.theirs(**in_double(inputs), routes=along), torch.float32)
-    check(place, inputs, along, out_dtype=torch.float32)
+    check(place, inputs, along, out_dtype=out_dtype)
 
 
 @pytest.mark.parametrize("absent", [*OPTIONAL, "delta_softplus"])
@@ -424,6 +426,16 @@ def test_states_too_large_for_shared_memory(place):
     along = routes.bidi(1, 2)
     with pytest.raises(ValueError, match="state and rank must fit in shared memory"):
         place(on_cpu.ours, **sample(along, dim=1, batch=1, state=40000), routes=along)
+
+
+def test_a_wider_gradient_than_all_operands_is_refused(place, monkeypatch):
+    """Of the backward operator; autograd's formula makes it narrower."""
+    monkeypatch.setattr(_register, "no_wider", lambda dy, *operands: dy)
+    along = routes.cross2d(4, 5)
+    with pytest.raises(
+        ValueError, match="dy must be float32, float16 or bfloat16 where no operand"
+    ):
+        check(place, sample(along), along, out_dtype=torch.float64)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

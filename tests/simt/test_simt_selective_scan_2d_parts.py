@@ -108,7 +108,8 @@ def test_every_operand_may_have_its_own_dtype(place):
         "dt_weight": torch.bfloat16, "weights": torch.float16, "initial_state": torch.bfloat16,
     }.items():  # fmt: skip
         inputs[name] = inputs[name].detach().to(dtype).requires_grad_()
-    check_parts(place, inputs, along, out_dtype=torch.float32)
+    for out_dtype in (torch.float32, torch.float64):
+        check_parts(place, inputs, along, out_dtype=out_dtype)
 
 
 @pytest.mark.parametrize("absent", [*OPTIONAL, "delta_softplus"])

@@ -404,6 +404,17 @@ def test_many_parts(place):
     check(place, sample(1, 44, 1, 2, 2, 1), chunk_size=1, return_final_states=True)
 
 
+@BFLOAT16
+def test_growth_beyond_floats_leaves_zero_at_zero(place, dtype):
+    """By e^32 in each of four cells, which together are a part: e^128 is no float."""
+    inputs = sample(1, 96, 1, 3, 4, 1, initial_states=False, log_decay=True, dtype=dtype)
+    with torch.no_grad():
+        inputs["x"][:, :64] = 0
+        inputs["log_decay"][:, 32:64] = 4
+    y = place(on_cpu.ours, **inputs, chunk_size=8)
+    assert_close("y", y, on_cpu.theirs(**in_double(inputs)), dtype)
+
+
 def test_sums_over_many_cells(place):
     """Of parameters: over 64 cells and more, by a warp for each."""
     inputs = sample(5, 14, 2, 2, 2, 1, D=2)

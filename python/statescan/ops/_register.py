@@ -30,6 +30,14 @@ def check_floats(**tensors: Tensor | None) -> None:
             )
 
 
+def no_wider(grad: Tensor | None, *operands: Tensor | None) -> Tensor | None:
+    """The gradient of an output in float64 of operands none of which is: in float32, which is what
+    kernels compute in then."""
+    if grad is None or any(t is not None and t.dtype == torch.float64 for t in operands):
+        return grad
+    return grad.float() if grad.dtype == torch.float64 else grad
+
+
 def no_double_backward(name: str) -> None:
     """Makes a second differentiation of the backward operator `name` an error."""
 

@@ -191,7 +191,12 @@ def _backward(ctx, dy, dlast_state, dstates, _dchunk_states):
     u, delta, D, z, delta_bias, initial_state = *tensors[:2], *tensors[5:9]
     du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_state = (
         torch.ops.statescan.selective_scan_bwd(
-            dy, dlast_state, dstates, *tensors, chunk_states, *ctx.flags
+            _register.no_wider(dy, *tensors),
+            dlast_state,
+            dstates,
+            *tensors,
+            chunk_states,
+            *ctx.flags,
         )
     )
     rows = delta.shape[1]

@@ -301,7 +301,7 @@ def _backward(ctx, dy, dlast_state, _dchunk_states):
     u, delta, delta_bias, dt_weight = tensors[0], tensors[1], tensors[7], tensors[8]
     grads = list(
         torch.ops.statescan.selective_scan_2d_bwd(
-            dy, dlast_state, *tensors, index, chunk_states, *ctx.flags
+            _register.no_wider(dy, *tensors), dlast_state, *tensors, index, chunk_states, *ctx.flags
         )
     )
     rows = delta.shape[2]
