@@ -80,6 +80,7 @@ __device__ __forceinline__ void write_ddt(const BwdParams& p, const PairMemory& 
     load_weights(0, block, first, second);
 #pragma unroll 1
     for (int begin = thread / 32 * 16; begin < r.steps; begin += stride) {
+      __syncwarp();  // lanes part where they store: products are of whole warps
       float sum[2][4] = {};
       auto multiply = [&](int group) {
         uint32_t ddelta[4];
