@@ -236,15 +236,20 @@ def test_dtypes(dtype, state, rank):
     assert last.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_every_operand_may_have_its_own_dtype():
-    along = routes.bidi2(5, 7)
-    inputs = sample(along, dim=18, rank=2, weights=(18,))
+def mix_dtypes(inputs):
+    """Gives every operand a dtype of its own."""
     for name, dtype in {
         "u": torch.bfloat16, "delta": torch.float16, "A": torch.float32, "B": torch.float16,
         "C": torch.bfloat16, "D": torch.bfloat16, "z": torch.float16, "delta_bias": torch.float16,
         "dt_weight": torch.bfloat16, "weights": torch.float16, "initial_state": torch.bfloat16,
     }.items():  # fmt: skip
         inputs[name] = inputs[name].detach().to(dtype).requires_grad_()
+
+
+def test_every_operand_may_have_its_own_dtype():
+    along = routes.bidi2(5, 7)
+    inputs = sample(along, dim=18, rank=2, weights=(18,))
+    mix_dtypes(inputs)
     check(inputs, along)
 
 
@@ -563,23 +568,25 @@ def test_empty(case, rank):
         assert grad.shape == inputs[name].shape and not grad.isnan().any()
 
 
-def test_gradient_through_last_state_alone():
-    along = routes.cross2d(5, 7)
-    inputs = sample(along, dim=18)
+def check_last_state_alone(inputs, along, place=lambda call, *arguments: call(*arguments)):
+    """Gradients where nothing depends on y. place(call, ...) is where our side runs."""
 
-    def last(**x):
-        return ours(**x, routes=along, return_last_state=True)[1]
+    def last(scan):
+        return lambda **x: scan(**x, routes=along, return_last_state=True)[1]
 
-    def want(**x):
-        return theirs(**x, routes=along, return_last_state=True)[1]
-
-    (_,), grads = run(last, inputs)
-    (_,), want_grads = run(want, in_double(inputs))
+    _, grads = place(run, last(ours), inputs)
+    _, want_grads = run(last(theirs), in_double(inputs))
     for name, grad in grads.items():
         if name in ("C", "D", "z"):  # the state does not depend on them
             assert grad.abs().max() == 0
         else:
             assert_close("d" + name, grad, want_grads[name])
+
+
+def test_gradient_through_last_state_alone():
+    along = routes.cross2d(5, 7)
+    inputs = sample(along, dim=18)
+    check_last_state_alone(inputs, along)
 
 
 def test_one_raster_is_the_selective_scan():
@@ -598,14 +605,19 @@ def test_extreme_decay_over_a_long_route(decay):
     check(inputs, along)
 
 
+@torch.no_grad()
+def make_steps_extreme(delta):
+    """Of rows 0 to 3, before softplus."""
+    delta[:, :, 0] = -100.0  # softplus underflows: no step
+    delta[:, :, 1] = 60.0  # beyond the threshold of softplus
+    delta[:, :, 2, ::3] = 1e4  # forgets everything
+    delta[:, :, 3] = 19.9
+
+
 def test_extreme_step_sizes():
     along = routes.bidi2(5, 8)
     inputs = sample(along, batch=1, dim=4, absent=("z",))
-    with torch.no_grad():
-        inputs["delta"][:, :, 0] = -100.0  # softplus underflows: no step
-        inputs["delta"][:, :, 1] = 60.0  # beyond the threshold of softplus
-        inputs["delta"][:, :, 2, ::3] = 1e4  # forgets everything
-        inputs["delta"][:, :, 3] = 19.9
+    make_steps_extreme(inputs["delta"])
     check(inputs, along)
 
 

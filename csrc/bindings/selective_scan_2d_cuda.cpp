@@ -143,7 +143,7 @@ selective_scan_2d_bwd(const OptionalTensor& dy, const OptionalTensor& dlast_stat
   const PartialSums sums = in_parts
                                ? partial_sums(x, p, p.parts.groups, p.batch * p.parts.count, false)
                                : partial_sums(x, p, p.plan.blocks, p.batch, nothing);
-  p.parts.count > 0 ? cuda::bwd_in_parts(p, device.stream) : cuda::bwd(p, device.stream);
+  in_parts ? cuda::bwd_in_parts(p, device.stream) : cuda::bwd(p, device.stream);
   const AddUp add_up = [&](const Tensor& partial, int64_t parts, const int64_t (&size)[4],
                            const View<4>& out) {
     statescan::add_up(partial.data_ptr(), p.compute, parts, size, out, device.stream);

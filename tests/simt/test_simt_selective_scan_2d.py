@@ -124,12 +124,7 @@ def test_dtypes_and_layouts(place, dtype, layout, rank):
 def test_every_operand_may_have_its_own_dtype(place):
     along = routes.bidi2(5, 7)
     inputs = sample(along, dim=9, rank=2, weights=(9,))
-    for name, dtype in {
-        "u": torch.bfloat16, "delta": torch.float16, "A": torch.float32, "B": torch.float16,
-        "C": torch.bfloat16, "D": torch.bfloat16, "z": torch.float16, "delta_bias": torch.float16,
-        "dt_weight": torch.bfloat16, "weights": torch.float16, "initial_state": torch.bfloat16,
-    }.items():  # fmt: skip
-        inputs[name] = inputs[name].detach().to(dtype).requires_grad_()
+    on_cpu.mix_dtypes(inputs)
     check(place, inputs, along)
 
 
@@ -364,11 +359,7 @@ def test_maps_that_shared_memory_cannot_hold(place):
 def test_extreme_step_sizes(place):
     along = routes.bidi2(5, 8)
     inputs = sample(along, batch=1, dim=4, absent=("z",))
-    with torch.no_grad():
-        inputs["delta"][:, :, 0] = -100.0  # softplus underflows: no step
-        inputs["delta"][:, :, 1] = 60.0  # beyond the threshold of softplus
-        inputs["delta"][:, :, 2, ::3] = 1e4  # forgets everything
-        inputs["delta"][:, :, 3] = 19.9
+    on_cpu.make_steps_extreme(inputs["delta"])
     check(place, inputs, along)
 
 
@@ -398,17 +389,7 @@ def test_gradients_are_deterministic(place):
 def test_gradient_through_last_state_alone(place):
     along = routes.cross2d(3, 5)
     inputs = sample(along, dim=3)
-
-    def last(scan):
-        return lambda **x: scan(**x, routes=along, return_last_state=True)[1]
-
-    _, grads = place(on_cpu.run, last(on_cpu.ours), inputs)
-    _, want_grads = on_cpu.run(last(on_cpu.theirs), in_double(inputs))
-    for name, grad in grads.items():
-        if name in ("C", "D", "z"):  # the state does not depend on them
-            assert grad.abs().max() == 0
-        else:
-            assert_close("d" + name, grad, want_grads[name])
+    on_cpu.check_last_state_alone(inputs, along, place)
 
 
 def test_chunks_are_tiles(place, monkeypatch):

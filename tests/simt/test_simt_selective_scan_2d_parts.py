@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from statescan import routes
 from statescan.routes import GHOST, SKIP, Routes
 from statescan.testing import assert_close
-from test_selective_scan_2d import OPTIONAL, channel_last, in_double, sample
+from test_selective_scan_2d import OPTIONAL, channel_last, sample
 from test_simt_selective_scan_2d import check
 
 op = statescan.ops.selective_scan_2d
@@ -102,12 +102,7 @@ def test_dtypes_and_layouts(place, dtype, layout):
 def test_every_operand_may_have_its_own_dtype(place):
     along = Routes(20, apart(24, 15, 20))
     inputs = sample(along, dim=9, state=1, rank=2, weights=(9,), batch=1)
-    for name, dtype in {
-        "u": torch.bfloat16, "delta": torch.float16, "A": torch.float32, "B": torch.float16,
-        "C": torch.bfloat16, "D": torch.bfloat16, "z": torch.float16, "delta_bias": torch.float16,
-        "dt_weight": torch.bfloat16, "weights": torch.float16, "initial_state": torch.bfloat16,
-    }.items():  # fmt: skip
-        inputs[name] = inputs[name].detach().to(dtype).requires_grad_()
+    on_cpu.mix_dtypes(inputs)
     for out_dtype in (torch.float32, torch.float64):
         check_parts(place, inputs, along, out_dtype=out_dtype)
 
@@ -321,17 +316,7 @@ def test_gradients_are_deterministic():
 def test_gradient_through_last_state_alone(place):
     along = Routes(10, apart(24, 10, 10))
     inputs = sample(along, dim=3, state=1)
-
-    def last(scan):
-        return lambda **x: scan(**x, routes=along, return_last_state=True)[1]
-
-    _, grads = place(on_cpu.run, last(on_cpu.ours), inputs)
-    _, want_grads = on_cpu.run(last(on_cpu.theirs), in_double(inputs))
-    for name, grad in grads.items():
-        if name in ("C", "D", "z"):  # the state does not depend on them
-            assert grad.abs().max() == 0
-        else:
-            assert_close("d" + name, grad, want_grads[name])
+    on_cpu.check_last_state_alone(inputs, along, place)
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
