@@ -390,9 +390,9 @@ __device__ __forceinline__ void read_planes(const BwdParams& p, const Memory<C>&
         return reinterpret_cast<uint16_t*>(&words.at(c, t))[i];
       };
     };
-    if (first || p.u_per_route) read_halves(p.u, task, route, p.tokens, half(0));
+    if (first || p.u_per_route) read_halves(p.u, task, route, p.tokens, int(blockDim.x), half(0));
     if (first || p.y_per_route) {
-      read_halves(p.dy, task, p.y_per_route ? route : 0, p.tokens, half(1));
+      read_halves(p.dy, task, p.y_per_route ? route : 0, p.tokens, int(blockDim.x), half(1));
     }
     return;
   }

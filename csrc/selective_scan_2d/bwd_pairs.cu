@@ -27,7 +27,7 @@ struct RouteSums {
   float dA[2] = {}, dD[2] = {}, dbias[2] = {};
 };
 
-// Step sizes are counted in units (see stage_table): their gradients, and those of A and B, in others.
+// Step sizes are counted in units (see stage_tables): their gradients, and those of A and B, in others.
 struct Units {
   float of_A, of_B, of_a, of_u;  // ddelta = of_a d/d(log a) A + of_u u d/d(delta u)
   __device__ __forceinline__ explicit Units(bool softplus)
@@ -58,7 +58,7 @@ __device__ __forceinline__ void walk_forward(const Member& me, float h_first, co
       f.map[c].a *= f.a[c][j];
     }
   }
-  PairScan<false>(me.lane, f.map).enter(h_first, f.before);
+  ChannelScan<2, false>(me.lane, f.map).enter(h_first, f.before);
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
 #pragma unroll
@@ -82,10 +82,8 @@ __device__ __forceinline__ void enter_back(const BwdParams& p, const PairMemory&
       map[c].b = f.a[c][j] * (map[c].b + C[j] * dy[c][j]);
     }
   }
-  const PairScan<true> scan(me.lane, map);
-  if (scan.is_last()) {
-    *memory.get<Several<float, 2>>(me.map + me.i * 16) = {{scan.all.a, scan.all.b}};
-  }
+  const ChannelScan<2, true> scan(me.lane, map);
+  if (scan.is_last()) put_map(memory, me, me.map, scan.all);
   auto* table = memory.get<float>(tile.table) + kItemStates * 2;
   auto dh_at = [&](int turn) -> float& { return table[(kItemH + turn) * 2 + me.lane % 2]; };
   float end = dh_at(tile.turn);
@@ -114,12 +112,11 @@ __device__ __forceinline__ void walk_tile(const BwdParams& p, const PairMemory& 
   int at[OfPair::kItems];
   PairItems delta, slope, u, dy;
   const auto bias = several<2>(table[kItemBias * 2]);
-  multiply_ranks(memory, me, tile.rows, memory.get<uint32_t>(tile.weight), bias.x, delta);
+  multiply_ranks<2>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight), bias, delta);
   load_steps(memory, tile.rows + layout.place, me, at);
   find_pair_step_sizes(p.delta_softplus, tile.flags, at, delta, slope);
-  gather_words(memory.get<uint32_t>(me.words), tile.flags, p.u.dtype, at, u);
-  gather_words(memory.get<uint32_t>(me.words - layout.words + layout.dy), tile.flags, p.dy.dtype,
-               at, dy);
+  gather_numbers(memory, me.words, tile.flags, p.u.dtype, at, u);
+  gather_numbers(memory, me.words - layout.words + layout.dy, tile.flags, p.dy.dtype, at, dy);
   float B[OfPair::kItems], C[OfPair::kItems];
   load_steps(memory, tile.rows + layout.B, me, B);
   load_steps(memory, tile.rows + layout.C, me, C);
@@ -153,7 +150,7 @@ __device__ __forceinline__ void walk_tile(const BwdParams& p, const PairMemory& 
     share(0)[j / 4 * 32] = {{dB[j], dB[j + 1], dB[j + 2], dB[j + 3]}};
     share(1)[j / 4 * 32] = {{dC[j], dC[j + 1], dC[j + 2], dC[j + 3]}};
   }
-  const int pitch = ddelta_pitch(OfPair::kSteps << layout.team_log2);
+  const int pitch = ddelta_pitch(OfPair::kSteps * layout.team);
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     BFloat16* to = ddelta_of(memory, me.pair / kPairsOfGroup) +
@@ -161,8 +158,8 @@ __device__ __forceinline__ void walk_tile(const BwdParams& p, const PairMemory& 
     store_terms(slope[c], reinterpret_cast<uint4*>(to), reinterpret_cast<uint4*>(to + 8 * pitch));
   }
   load_steps(memory, tile.rows + layout.place, me, at);
-  const float one[2] = {1, 1};
-  add_to_sums(memory.get<Several<float, 2>>(me.sums), tile.flags, at, layout, me, one, delta);
+  add_to_sums<2>(memory, tile.flags, at, me,
+                 [&](float sum, int j, int c) { return sum + delta[c][j]; });
 }
 
 __device__ __forceinline__ float* team_sums(const PairMemory& memory, int route, const Member& me,
@@ -201,7 +198,7 @@ __device__ __forceinline__ void walk_routes(const BwdParams& p, const PairMemory
     RouteSums sums;
 #pragma unroll 1
     for (int k = 0; k < rounds; ++k, ++number) {
-      const int i = rounds - 1 - k, tile = (i << memory.at.team_log2) + me.i;
+      const int i = rounds - 1 - k, tile = i * memory.at.team + me.i;
       const int flags = memory.now().flags[number & 1];
       if (there && tile < tiles) {
         walk_tile(p, memory, me,
@@ -232,7 +229,7 @@ __device__ __forceinline__ void walk_routes(const BwdParams& p, const PairMemory
   }
 }
 
-__global__ __launch_bounds__(kPairThreads<true, true>,
+__global__ __launch_bounds__(kPairThreads<true, 2>,
                              1) void bwd_pairs_kernel(const __grid_constant__ BwdParams p) {
   const PairMemory memory(p);
   const PairLayout& at = p.plan.pair;
@@ -241,14 +238,14 @@ __global__ __launch_bounds__(kPairThreads<true, true>,
   __syncthreads();  // the task is known
   const Task& task = memory.now().task;
   // What no channel writes is read as zero: words, and ddelta of a group that is not full.
-  clear(memory.get<uint32_t>(at.words), at.pairs * at.pitch);
-  clear(memory.get<uint32_t>(at.sums), at.pairs * at.pitch * 2);
-  clear(memory.get<uint32_t>(at.dy), at.pairs * at.pitch);
-  clear(memory.get<uint32_t>(at.ddelta), (at.team_sums - at.ddelta) / 4);
+  clear(memory.get<uint32_t>(at.words), at.pairs * at.pitch, int(blockDim.x));
+  clear(memory.get<uint32_t>(at.sums), at.pairs * at.pitch * 2, int(blockDim.x));
+  clear(memory.get<uint32_t>(at.dy), at.pairs * at.pitch, int(blockDim.x));
+  clear(memory.get<uint32_t>(at.ddelta), (at.team_sums - at.ddelta) / 4, int(blockDim.x));
   __syncthreads();  // all is zero
   auto read = [&](const View<4>& x, int words) {
-    read_halves(x, task, 0, p.tokens, [&](int c, int t) -> uint16_t& {
-      return memory.get<uint16_t>(words)[(c / 2 * at.pitch + in_pair_plane(t)) * 2 + c % 2];
+    read_halves(x, task, 0, p.tokens, int(blockDim.x), [&](int c, int t) -> uint16_t& {
+      return memory.get<uint16_t>(words)[(c / 2 * at.pitch + at.position(t)) * 2 + c % 2];
     });
   };
   read(p.u, at.words);
@@ -263,7 +260,7 @@ __global__ __launch_bounds__(kPairThreads<true, true>,
   } else {
     walk_routes(p, memory);
   }
-  write_tokens(p.du, task, 0, p.tokens, PairSums{memory.get<float>(at.sums), at.pitch});
+  write_tokens(p.du, task, 0, p.tokens, PairSums<2>(memory));
 }
 
 }  // namespace

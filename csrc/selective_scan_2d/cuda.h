@@ -14,15 +14,16 @@ inline constexpr int kWarps = 8;  // with a channel, at most
 inline constexpr int kFwdThreads = 32 * (kWarps + 2);
 inline constexpr int kBwdThreads = 32 * kWarps;  // one at least without
 inline constexpr int kShortTile = 64, kLongTile = 256;
-// Where a lane has two channels, see pairs.cuh: warps with channels, as registers allow, and helpers.
-constexpr int pair_warps(bool backward, bool one_state) {
-  return backward ? 6 : one_state ? 16 : 12;
+// Where a lane has two or four channels, see pairs.cuh: warps with channels, as registers allow, and
+// helpers.
+constexpr int pair_warps(bool backward, int channels) {
+  return backward ? 6 : channels == 4 ? 14 : 12;
 }
-constexpr int pair_helpers(bool backward) { return backward ? 2 : 4; }
-template <bool kBackward, bool kOneState>
+constexpr int pair_helpers(bool backward, int channels) { return backward || channels == 4 ? 2 : 4; }
+template <bool kBackward, int kChannels>
 inline constexpr int kPairThreads =
-    32 * (pair_warps(kBackward, kOneState) + pair_helpers(kBackward));
-inline constexpr int kMaxTeam = 4;
+    32 * (pair_warps(kBackward, kChannels) + pair_helpers(kBackward, kChannels));
+inline constexpr int kMaxTeam = 8;
 
 // Where a step is in a plane of tokens; negative: a step of no token.
 enum Place : int32_t { kGhost = -1, kSkip = -2 };
@@ -34,19 +35,29 @@ enum TileFlag : int32_t {
   kGhosts = 8,   // there are steps of no token before the end
 };
 
-// How a block that goes along routes with pairs of channels lies in shared memory, see pairs.cuh.
+// How a block that goes along routes with pairs of channels, or quads, lies in shared memory, see
+// pairs.cuh.
 struct PairLayout {
   int pairs;                   // of a block; 0: a kernel without pairs
-  int team, team_log2;         // warps that walk neighbouring tiles of a pair side by side
+  int channels;                // of a lane: 2, or of quads 4
+  int team;                    // warps that walk neighbouring tiles of a pair side by side
   int helpers;                 // warps without channels
+  int buffer_tiles, buffers_log2;  // tiles of a buffer of rows; buffers, which take turns
+  int route_mask;              // tables of that many routes and one more are kept
   int rank_blocks, dt_blocks;  // of eight: of ranks; of rows in shared memory
   int items;                   // of a pair's table
   int pitch;                   // tokens of a plane, with spare ones in between
+  int spare_after[2];          // spare tokens of a plane: one after every 2^n
   int B, C, place, buffer;     // bytes: where they are in a buffer of rows, and how large that is
   int buffers, weight, table, map, words, sums;  // bytes: where they are
   // Of the backward: words of dy, shares of dB and dC, ddelta, sums of each team and of each helper.
   int dy, shares, ddelta, team_sums, helper_sums;
   int64_t bytes;  // of all
+
+  // Where a token is in a plane.
+  STATESCAN_HOST_DEVICE int position(int token) const {
+    return token + (token >> spare_after[0]) + (token >> spare_after[1]);
+  }
 };
 
 // How a problem is dealt out. `Problem::chunk` is the tile.
@@ -137,6 +148,7 @@ void find_places(const Inputs& p, int32_t* place, int32_t* flags, cudaStream_t s
 
 void fwd(const FwdParams& p, cudaStream_t stream);
 void fwd_pairs(const FwdParams& p, cudaStream_t stream);  // what fwd does if the plan has pairs
+void fwd_quads(const FwdParams& p, cudaStream_t stream);  // .. of four channels
 void bwd(const BwdParams& p, cudaStream_t stream);
 void bwd_pairs(const BwdParams& p, cudaStream_t stream);
 void fwd_in_parts(const FwdParams& p, cudaStream_t stream);

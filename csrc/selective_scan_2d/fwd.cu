@@ -202,7 +202,9 @@ __global__ __launch_bounds__(kFwdThreads,
 }  // namespace
 
 void fwd(const FwdParams& p, cudaStream_t stream) {
-  if (p.plan.pair.pairs > 0) return fwd_pairs(p, stream);
+  if (p.plan.pair.pairs > 0) {
+    return p.plan.pair.channels == 4 ? fwd_quads(p, stream) : fwd_pairs(p, stream);
+  }
   const int64_t tasks = p.batch * p.plan.blocks;
   if (tasks == 0) return;
   with_config<false>(p, [&](auto config) {

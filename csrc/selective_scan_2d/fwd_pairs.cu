@@ -37,7 +37,7 @@ __device__ __forceinline__ void walk_state(const FwdParams& p, const PairMemory&
                                            const PairItems& delta, const PairItems& delta_u,
                                            PairItems& y) {
   const PairLayout& at = memory.at;
-  const int row = tile.rows + (n * OfPair::kSteps * 4 << at.team_log2);
+  const int row = tile.rows + n * at.buffer_tiles * OfPair::kSteps * 4;
   // (item, channel); h in turns: a member may still read what the first leaves for the next round.
   auto* table = memory.get<float>(tile.table) + (kItemStates + kStateItems * n) * 2;
   auto h_at = [&](int turn) -> float& { return table[(kItemH + turn) * 2 + me.lane % 2]; };
@@ -56,11 +56,9 @@ __device__ __forceinline__ void walk_state(const FwdParams& p, const PairMemory&
       map[c].a *= a[c][j];
     }
   }
-  const PairScan<false> scan(me.lane, map);
-  const int maps = me.map + (n & 1) * at.pairs * at.team * 16;
-  if (scan.is_last()) {
-    *memory.get<Several<float, 2>>(maps + me.i * 16) = {{scan.all.a, scan.all.b}};
-  }
+  const ChannelScan<2, false> scan(me.lane, map);
+  const int maps = maps_of_turn(memory, me, n);
+  if (scan.is_last()) put_map(memory, me, maps, scan.all);
   float h = h_at(tile.turn);
   const float start = start_of_tile<false>(memory, me, maps, h);
   if (me.i == 0 && me.lane < 2) h_at(tile.turn ^ 1) = h;
@@ -78,17 +76,16 @@ __device__ __forceinline__ void walk_state(const FwdParams& p, const PairMemory&
   }
 }
 
-template <bool kOneState>
 __device__ __forceinline__ void walk_tile(const FwdParams& p, const PairMemory& memory,
                                           const Member& me, const PairTile& tile) {
   auto* table = memory.get<float>(tile.table);
   int at[OfPair::kItems];
   PairItems delta, delta_u, y, slope;
   const auto bias = several<2>(table[kItemBias * 2]);
-  multiply_ranks(memory, me, tile.rows, memory.get<uint32_t>(tile.weight), bias.x, delta);
+  multiply_ranks<2>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight), bias, delta);
   load_steps(memory, tile.rows + memory.at.place, me, at);
   find_pair_step_sizes(p.delta_softplus, tile.flags, at, delta, slope);
-  gather_words(memory.get<uint32_t>(me.words), tile.flags, p.u.dtype, at, y);
+  gather_numbers(memory, me.words, tile.flags, p.u.dtype, at, y);
   const auto D = several<2>(table[kItemD * 2]);
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
@@ -99,18 +96,18 @@ __device__ __forceinline__ void walk_tile(const FwdParams& p, const PairMemory& 
     }
   }
 #pragma unroll 1
-  for (int n = 0; n < (kOneState ? 1 : int(p.state)); ++n) {
+  for (int n = 0; n < int(p.state); ++n) {
     walk_state(p, memory, me, tile, n, delta, delta_u, y);
   }
   // Again, rather than kept in registers while states are walked.
   load_steps(memory, tile.rows + memory.at.place, me, at);
   const auto weight = several<2>(table[kItemWeight * 2]);
-  add_to_sums(memory.get<Several<float, 2>>(me.sums), tile.flags, at, memory.at, me, weight.x, y);
+  add_to_sums<2>(memory, tile.flags, at, me,
+                 [&](float sum, int j, int c) { return sum + weight.x[c] * y[c][j]; });
 }
 
 // All routes of a block's channels. Warps with and without channels have loops of their own, which meet
 // at the end of every round, so that neither's registers are full of what the other needs.
-template <bool kOneState>
 __device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory& memory) {
   const Member me(memory);
   const bool there = me.pair * 2 < memory.now().task.channels;
@@ -123,11 +120,10 @@ __device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory
     const int weight = ptx::opaque(memory.weight(route, me.pair));
 #pragma unroll 1
     for (int i = 0; i < rounds; ++i, ++round) {
-      const int tile = (i << memory.at.team_log2) + me.i, flags = memory.now().flags[round & 1];
+      const int tile = i * memory.at.team + me.i, flags = memory.now().flags[round & 1];
       if (there && tile < tiles) {
-        walk_tile<kOneState>(
-            p, memory, me,
-            {route, tile, flags, i & 1, i + 1 == rounds, memory.rows(round), table, weight});
+        walk_tile(p, memory, me,
+                  {route, tile, flags, i & 1, i + 1 == rounds, memory.rows(round), table, weight});
       } else if (there) {
         walk_no_tile(memory, me, int(p.state), flags);
       }
@@ -135,9 +131,8 @@ __device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory
     }
   }
 }
-// kOneState: step sizes need not be kept for further states, which leaves registers for more warps.
-template <bool kOneState>
-__global__ __launch_bounds__(kPairThreads<false, kOneState>,
+
+__global__ __launch_bounds__(kPairThreads<false, 2>,
                              1) void fwd_pairs_kernel(const __grid_constant__ FwdParams p) {
   const PairMemory memory(p);
   const PairLayout& at = p.plan.pair;
@@ -146,17 +141,17 @@ __global__ __launch_bounds__(kPairThreads<false, kOneState>,
   __syncthreads();  // the task is known
   const Task& task = memory.now().task;
   if (task.channels < 2 * at.pairs) {
-    clear(memory.get<uint32_t>(memory.words(task.channels / 2)),
-          at.pitch);  // of one channel or none
-    __syncthreads();  // it is zero
+    clear(memory.get<uint32_t>(memory.words(task.channels / 2)), at.pitch,
+          int(blockDim.x));  // of one channel or none
+    __syncthreads();         // it is zero
   }
-  read_halves(p.u, task, 0, p.tokens, [&](int c, int t) -> uint16_t& {
-    return memory.get<uint16_t>(memory.words(c / 2))[in_pair_plane(t) * 2 + c % 2];
+  read_halves(p.u, task, 0, p.tokens, int(blockDim.x), [&](int c, int t) -> uint16_t& {
+    return memory.get<uint16_t>(memory.words(c / 2))[at.position(t) * 2 + c % 2];
   });
-  clear(memory.get<uint32_t>(at.sums), at.pairs * at.pitch * 2);
+  clear(memory.get<uint32_t>(at.sums), at.pairs * at.pitch * 2, int(blockDim.x));
   helps ? stage_routes(p, memory, p.initial_state, false, [](const Round&, int, bool) {})
-        : walk_routes<kOneState>(p, memory);
-  const PairSums y{memory.get<float>(at.sums), at.pitch};
+        : walk_routes(p, memory);
+  const PairSums<2> y(memory);
   if (p.z) {
     read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSilu, y);
     __syncthreads();  // y is gated
@@ -168,8 +163,7 @@ __global__ __launch_bounds__(kPairThreads<false, kOneState>,
 
 void fwd_pairs(const FwdParams& p, cudaStream_t stream) {
   const PairLayout& at = p.plan.pair;
-  launch("selective_scan_2d fwd pairs",
-         p.state == 1 ? fwd_pairs_kernel<true> : fwd_pairs_kernel<false>, p.plan.grid,
+  launch("selective_scan_2d fwd pairs", fwd_pairs_kernel, p.plan.grid,
          32 * (at.pairs * at.team + at.helpers), size_t(p.plan.shared_bytes), stream, p);
 }
 

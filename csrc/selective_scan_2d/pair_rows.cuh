@@ -27,7 +27,7 @@ __device__ __forceinline__ void stage_round_rows(const T* from, const View<4>& x
                                                  int thread, float* rows) {
   constexpr int kVec = kPackSize<T>;
   const int threads = 16 * at.helpers;
-  const int steps_log2 = at.team_log2 + 8, steps = 1 << steps_log2;
+  const int steps = at.buffer_tiles * OfPair::kSteps;
   if (!(r.flags & kGhosts) && x.stride[3] == 1 && is_aligned(from, x.stride[2], kVec)) {
 #pragma unroll 1
     for (int row = 0; row < count; ++row, from += x.stride[2], rows += steps) {
@@ -54,8 +54,9 @@ __device__ __forceinline__ void stage_round_rows(const T* from, const View<4>& x
   const int total = (time_inside ? count : (count + 7) / 8 * 8) * steps;
 #pragma unroll 2
   for (int i = thread; i < total; i += threads) {
-    const int t = (time_inside ? i : i >> 3) & steps - 1;
-    const int row = time_inside ? i >> steps_log2 : (i >> 3 >> steps_log2) * 8 + i % 8;
+    const int outer = (time_inside ? i : i / 8) / steps;
+    const int t = (time_inside ? i : i / 8) - outer * steps;
+    const int row = time_inside ? outer : outer * 8 + i % 8;
     if (row < count) {
       rows[row * steps + in_round_row(t)] = scale * number_at(from, x, r, row, t, false);
     }
@@ -88,7 +89,7 @@ template <class T>
 __device__ __forceinline__ void stage_ranks(const T* from, const View<4>& x, const Round& r,
                                             const PairLayout& at, int rank, int thread, uint4* dt) {
   const int threads = 16 * at.helpers;
-  const int steps = OfPair::kSteps << at.team_log2, to_second = at.rank_blocks * steps;
+  const int steps = at.buffer_tiles * OfPair::kSteps, to_second = at.rank_blocks * steps;
   auto step = [&](int block, int t) {
     float v[8];
 #pragma unroll
@@ -121,29 +122,51 @@ __device__ __forceinline__ void stage_ranks(const T* from, const View<4>& x, con
   }
 }
 
-// Parameters of a route, by the helpers. With softplus the step sizes are counted in units of ln 2,
-// which their logarithm to base 2 is; the unit goes into B.
+// Parameters of `routes` routes from `first`, by the helpers. With softplus the step sizes are counted in
+// units of ln 2, which their logarithm to base 2 is; the unit goes into B.
 // `start`: the state, or its gradient, that a walk along the route begins with.
-__device__ __forceinline__ void stage_table(const Inputs& p, const PairMemory& memory, int route,
-                                            const View<4>& start) {
+__device__ __forceinline__ void stage_tables(const Inputs& p, const PairMemory& memory, int first,
+                                             int routes, const View<4>& start) {
   const PairLayout& at = p.plan.pair;
   const int threads = 32 * at.helpers;
   const int thread = ptx::opaque(int(threadIdx.x)) - int(blockDim.x) + threads;
   const Task& task = memory.now().task;
-  const int channels = 2 * at.pairs, ranks = 8 * at.rank_blocks;
+  const int channels = at.channels * at.pairs, ranks = 8 * at.rank_blocks;
   const float scale = p.delta_softplus ? float(kLog2e) : 1.0f;
-  auto table = [&](int c, int item) -> float& {
-    return memory.get<float>(memory.table(route, c / 2))[item * 2 + c % 2];
+  auto table = [&](int route, int c, int item) -> float& {
+    return memory.get<float>(
+        memory.table(route, c / at.channels))[item * at.channels + c % at.channels];
   };
-#pragma unroll 1
-  for (int c = thread; c < channels; c += threads) {
-    const bool there = c < task.channels;
-    const Parameters<float> k(p, route, task.channel + (there ? c : 0));
-    table(c, kItemD) = k.D, table(c, kItemWeight) = k.weight, table(c, kItemBias) = k.bias * scale;
+  // Weights by all, the rest from the last thread on: loads of both are on their way together.
+#pragma unroll 2
+  for (int i = thread; i < routes * channels * ranks; i += threads) {
+    const int outer = i / ranks, r = i % ranks, route = first + outer / channels,
+              c = outer % channels;
+    const View<3>& x = p.dt_weight;
+    float w = 0;
+    if (c < task.channels && r < p.rank) {
+      w = scale * load_element<float>(
+                      x.data, x.dtype,
+                      route * x.stride[0] + (task.channel + c) * x.stride[1] + r * x.stride[2]);
+    }
+    auto* to = memory.get<BFloat16>(memory.weight(route, c / at.channels)) +
+               (c % at.channels / 2 * at.rank_blocks + r / 8) * 32 + c % 2 * 8;
+    const BFloat16 term = from_number<BFloat16>(w);
+    to[r % 8] = term, to[16 + r % 8] = from_number<BFloat16>(w - to_number(term));
   }
 #pragma unroll 1
-  for (int64_t i = thread; i < channels * p.state; i += threads) {
-    const int c = int(i % channels), n = int(i / channels);
+  for (int i = threads - 1 - thread; i < routes * channels; i += threads) {
+    const int route = first + i / channels, c = i % channels;
+    const bool there = c < task.channels;
+    const Parameters<float> k(p, route, task.channel + (there ? c : 0));
+    table(route, c, kItemD) = k.D, table(route, c, kItemWeight) = k.weight;
+    table(route, c, kItemBias) = k.bias * scale;
+  }
+  const int states = int(p.state);
+#pragma unroll 1
+  for (int i = threads - 1 - thread; i < routes * channels * states; i += threads) {
+    const int n = i % states, outer = i / states;
+    const int route = first + outer / channels, c = outer % channels;
     const int64_t channel = task.channel + c;
     float A = 0, h = 0;
     if (c < task.channels) {
@@ -155,21 +178,8 @@ __device__ __forceinline__ void stage_table(const Inputs& p, const PairMemory& m
       }
     }
     const int item = kItemStates + kStateItems * n;
-    table(c, item + kItemA) = p.delta_softplus ? A : A * float(kLog2e), table(c, item + kItemH) = h;
-  }
-#pragma unroll 1
-  for (int i = thread; i < channels * ranks; i += threads) {
-    const int c = i / ranks, r = i % ranks;
-    const View<3>& x = p.dt_weight;
-    float w = 0;
-    if (c < task.channels && r < p.rank) {
-      w = scale * load_element<float>(
-                      x.data, x.dtype,
-                      route * x.stride[0] + (task.channel + c) * x.stride[1] + r * x.stride[2]);
-    }
-    auto* to = memory.get<BFloat16>(memory.weight(route, c / 2)) + r / 8 * 32 + c % 2 * 8;
-    const BFloat16 term = from_number<BFloat16>(w);
-    to[r % 8] = term, to[16 + r % 8] = from_number<BFloat16>(w - to_number(term));
+    table(route, c, item + kItemA) = p.delta_softplus ? A : A * float(kLog2e);
+    table(route, c, item + kItemH) = table(route, c, item + kItemH + 1) = h;
   }
 }
 
@@ -227,7 +237,7 @@ __device__ __forceinline__ void stage_routes(const Inputs& p, const PairMemory& 
   Round r = at(0, 0), before{};
 #pragma unroll 1
   for (int number = 0, i = 0, route = 0; number < all; ++number) {
-    if (i == 0) stage_table(p, memory, route, start);
+    if (i == 0) stage_tables(p, memory, route, 1, start);
     stage_round(p, memory, r, number);
     const Round now = r;
     const bool last = i == 0;  // the round before was, of its route

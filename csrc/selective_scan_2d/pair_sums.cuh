@@ -8,14 +8,14 @@
 namespace statescan::selective_scan_2d::cuda {
 
 __device__ __forceinline__ BFloat16* ddelta_of(const PairMemory& memory, int group) {
-  const int steps = OfPair::kSteps << memory.at.team_log2;
+  const int steps = OfPair::kSteps * memory.at.team;
   return memory.get<BFloat16>(memory.at.ddelta) + group * 16 * ddelta_pitch(steps);
 }
 
 // A pair's share of dB (0) or dC (1), along a round.
 __device__ __forceinline__ int share_of_pair(const PairMemory& memory, int which, int pair) {
   const PairLayout& at = memory.at;
-  return at.shares + ((which * at.pairs + pair) * OfPair::kSteps * 4 << at.team_log2);
+  return at.shares + (which * at.pairs + pair) * at.team * OfPair::kSteps * 4;
 }
 
 // dB and dC, summed over the pairs, four steps at a time.
@@ -23,17 +23,17 @@ __device__ __forceinline__ void write_shares(const BwdParams& p, const PairMemor
                                              const Round& r) {
   const PairLayout& at = memory.at;
   const Task& task = memory.now().task;
-  const int packs_log2 = at.team_log2 + 6, there = (task.channels + 1) / 2;
+  const int packs = at.team * OfPair::kSteps / 4, there = (task.channels + 1) / 2;
   const int64_t row = ((task.block * p.routes + r.route) * p.batch + task.b) * p.steps + r.begin;
 #pragma unroll 1
-  for (int i = ptx::opaque(int(threadIdx.x)); i < 2 << packs_log2; i += at.pairs * at.team * 32) {
-    const int which = i >> packs_log2, t = (i & (1 << packs_log2) - 1) * 4;
+  for (int i = ptx::opaque(int(threadIdx.x)); i < 2 * packs; i += at.pairs * at.team * 32) {
+    const int which = i >= packs, t = (i - which * packs) * 4;
     if (t >= r.steps) continue;
     int from = share_of_pair(memory, which, 0) + in_round_row(t) * 4;
     Several<float, 4> sum = *memory.get<Several<float, 4>>(from);
 #pragma unroll 1
     for (int pair = 1; pair < there; ++pair) {
-      from += OfPair::kSteps * 4 << at.team_log2;
+      from += at.team * OfPair::kSteps * 4;
       const auto share = *memory.get<Several<float, 4>>(from);
 #pragma unroll
       for (int j = 0; j < 4; ++j) sum.x[j] += share.x[j];
@@ -56,7 +56,7 @@ __device__ __forceinline__ void write_ddt(const BwdParams& p, const PairMemory& 
                                           const Round& r, float unit) {
   const PairLayout& at = memory.at;
   const Task& task = memory.now().task;
-  const int steps = OfPair::kSteps << at.team_log2, pitch = ddelta_pitch(steps);
+  const int steps = OfPair::kSteps * at.team, pitch = ddelta_pitch(steps);
   const int groups = (at.pairs + kPairsOfGroup - 1) / kPairsOfGroup;
   const int thread = ptx::opaque(int(threadIdx.x)), lane = thread % 32;
   const int of_rank = lane / 4, of_pair = lane % 4, stride = at.pairs * at.team * 16;
@@ -122,7 +122,7 @@ __device__ __forceinline__ void write_ddt(const BwdParams& p, const PairMemory& 
 __device__ __forceinline__ void add_to_dt_weight(const BwdParams& p, const PairMemory& memory,
                                                  const Round& r, int number, int helper) {
   const PairLayout& at = memory.at;
-  const int steps = OfPair::kSteps << at.team_log2, pitch = ddelta_pitch(steps);
+  const int steps = OfPair::kSteps * at.team, pitch = ddelta_pitch(steps);
   const int groups = (at.pairs + kPairsOfGroup - 1) / kPairsOfGroup, lane = ptx::lane();
   const bool fresh = r.begin + steps >= p.steps;  // the first round that comes by
   // The lane's row of left_of.

@@ -20,7 +20,7 @@ __device__ __forceinline__ int32_t find_place(const Inputs& p, int64_t table, in
   if (t >= p.steps) return kSkip;
   const int token = token_at(p, table, route, t);
   if (token < 0) return token;
-  return p.plan.pair.pairs > 0 ? in_pair_plane(token) : in_plane(token);
+  return p.plan.pair.pairs > 0 ? p.plan.pair.position(token) : in_plane(token);
 }
 
 // Block: the tiles of a route that are walked side by side; thread: a step of each of them. Whether a
@@ -75,13 +75,19 @@ void find_places(const Inputs& p, int32_t* place, int32_t* flags, cudaStream_t s
 
 namespace {
 
+// What a block's walk takes, in tiles that a multiprocessor's instructions do for a pair: those of all of
+// its tiles, and what a round takes beside them, whatever it holds.
+int64_t time_of(const Problem& p, const PairLayout& x) {
+  constexpr int64_t kRound = 6;
+  const int64_t tiles = p.chunks(), rounds = (tiles + x.team - 1) / x.team;
+  return x.pairs * tiles + kRound * rounds;
+}
+
 // Pairs of channels that go side by side, see pairs.cuh: none where the map, the rows or the options do
-// not allow it. Chosen for the number of multiprocessors at work (of the 132 of an H100) and of warps on
-// each, the sixteenth of which is worth less than the first; then for many channels to a block, which
-// share rows.
+// not allow it; quads where they do. Chosen for the time that all blocks take on the 132 multiprocessors
+// of an H100.
 PairLayout find_pairs(const Problem& p, bool backward, const View<4>& dy, int64_t shared_limit) {
-  constexpr int64_t kMultiprocessors = 132, kLatency = 6;
-  const int most_warps = pair_warps(backward, p.state == 1);
+  constexpr int64_t kMultiprocessors = 132;
   PairLayout best{};
   if (backward && (p.state > 1 || p.z || p.weights || !dy || element_bytes(dy.dtype) != 2)) {
     return best;
@@ -92,19 +98,27 @@ PairLayout find_pairs(const Problem& p, bool backward, const View<4>& dy, int64_
       p.batch * p.dim > kMaxBlocks || p.tokens * 12 + p.rank * 64 + p.state * 24 > shared_limit) {
     return best;
   }
-  const int64_t all = (p.dim + 1) / 2;
-  double most = 0;
-  for (int pairs = int(std::min<int64_t>(most_warps, all)); pairs > 0; --pairs) {
-    const int64_t blocks = (all + pairs - 1) / pairs;
-    const int dealt = int((all + blocks - 1) / blocks);
-    for (int log2 = 0; dealt << log2 <= most_warps && 1 << log2 <= kMaxTeam; ++log2) {
-      const int64_t warps = dealt << log2;
-      if (log2 > 0 && p.chunks() <= 1 << (log2 - 1)) break;  // some would have nothing to do
-      const PairLayout x = pair_layout(p, backward, dealt, log2);
-      if (x.bytes > shared_limit || warps < std::min<int64_t>(4, all)) continue;
-      const int64_t busy = std::min(kMultiprocessors, p.batch * blocks);
-      const double speed = double(busy * warps) / double(warps + kLatency);
-      if (speed > most) most = speed, best = x;
+  int64_t least = 0;
+  auto consider = [&](const PairLayout& x) {
+    const int64_t together = x.channels * x.pairs, blocks = (p.dim + together - 1) / together;
+    const int64_t turns = (p.batch * blocks + kMultiprocessors - 1) / kMultiprocessors;
+    const int64_t time = turns * time_of(p, x);
+    if (x.bytes <= shared_limit && (best.pairs == 0 || time < least)) least = time, best = x;
+  };
+  const bool quads = !backward && p.state == 1 && p.routes <= 64;
+  for (int channels = quads ? 4 : 2; channels >= 2 && best.pairs == 0; channels -= 2) {
+    const int64_t all = (p.dim + channels - 1) / channels;
+    const int most_warps = pair_warps(backward, channels);
+    for (int pairs = int(std::min<int64_t>(most_warps, all)); pairs > 0; --pairs) {
+      const int64_t blocks = (all + pairs - 1) / pairs;
+      const int dealt = int((all + blocks - 1) / blocks);
+      for (int team = 1; team <= kMaxTeam && team <= p.chunks() && dealt * team <= most_warps;
+           ++team) {
+        if (dealt * team < std::min<int64_t>(4, all)) continue;
+        for (int log2 = channels == 4 ? 3 : 1; log2 > 0; --log2) {
+          consider(pair_layout(p, backward, channels, dealt, team, log2));
+        }
+      }
     }
   }
   return best;
@@ -118,7 +132,8 @@ Plan plan(const Problem& p, bool backward, const View<4>& dy, int64_t shared_lim
   Plan plan{};
   plan.pair = find_pairs(p, backward, dy, shared_limit);
   if (plan.pair.pairs > 0) {
-    plan.channels = 2 * plan.pair.pairs, plan.blocks = (p.dim + plan.channels - 1) / plan.channels;
+    plan.channels = plan.pair.channels * plan.pair.pairs;
+    plan.blocks = (p.dim + plan.channels - 1) / plan.channels;
     plan.on_chip = plan.fast = plan.together = true;
     plan.pitch = plan.pair.pitch, plan.shared_bytes = plan.pair.bytes;
     plan.grid = blocks_for(p.batch * plan.blocks, 1);

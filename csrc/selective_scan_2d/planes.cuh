@@ -8,10 +8,10 @@
 namespace statescan::selective_scan_2d::cuda {
 
 // Calls f(tag of the pack's size, pointer, channel, token) for packs and single elements of `channels`
-// channels.
+// channels, by the first `threads` threads of the block.
 template <class T, class F>
 __device__ __forceinline__ void for_tokens(T* first, int64_t channel_stride, int64_t token_stride,
-                                           int channels, int64_t tokens, F&& f) {
+                                           int channels, int64_t tokens, int threads, F&& f) {
   const int thread = ptx::opaque(int(threadIdx.x));  // found out anew, see there
   const std::integral_constant<int, 1> one;
   constexpr int kVec = sizeof(T) < 8 ? kPackSize<T> : 1;
@@ -22,7 +22,7 @@ __device__ __forceinline__ void for_tokens(T* first, int64_t channel_stride, int
 #pragma unroll 1
       for (int c = 0; c < channels; ++c) {
 #pragma unroll 2
-        for (int64_t t = thread * kVec; t < done; t += int(blockDim.x) * kVec) {
+        for (int64_t t = thread * kVec; t < done; t += threads * kVec) {
           f(std::integral_constant<int, kVec>{}, first + c * channel_stride + t, c, int(t));
         }
       }
@@ -32,7 +32,7 @@ __device__ __forceinline__ void for_tokens(T* first, int64_t channel_stride, int
 #pragma unroll 1
     for (int c = thread % kWarps; c < channels; c += kWarps) {
 #pragma unroll 2
-      for (int64_t t = thread / kWarps; t < tokens; t += int(blockDim.x) / kWarps) {
+      for (int64_t t = thread / kWarps; t < tokens; t += threads / kWarps) {
         f(one, first + c * channel_stride + t * token_stride, c, int(t));
       }
     }
@@ -41,7 +41,7 @@ __device__ __forceinline__ void for_tokens(T* first, int64_t channel_stride, int
 #pragma unroll 1
   for (int c = 0; c < channels && done < tokens; ++c) {
 #pragma unroll 2
-    for (int64_t t = done + thread; t < tokens; t += blockDim.x) {
+    for (int64_t t = done + thread; t < tokens; t += threads) {
       f(one, first + c * channel_stride + t * token_stride, c, int(t));
     }
   }
@@ -90,7 +90,7 @@ __device__ __forceinline__ void read_tokens(const View<4>& x, const Task& task, 
     if constexpr (sizeof(T) <= sizeof(R)) {
       const T* first = static_cast<const T*>(x.data) + task.b * x.stride[0] + route * x.stride[1] +
                        task.channel * x.stride[2];
-      for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens,
+      for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens, int(blockDim.x),
                  [&](auto size, const T* from, int c, int t) {
                    constexpr int kSize = decltype(size)::value;
                    if constexpr (kSize == 1) {
@@ -115,13 +115,14 @@ __device__ __forceinline__ void read_tokens(const View<4>& x, const Task& task, 
   });
 }
 
-// Reads 16-bit elements as they are into halves of words: half(c, token) says where.
+// Reads 16-bit elements as they are into halves of words: half(c, token) says where. By the
+// first `threads` threads of the block.
 template <class Half>
 __device__ __forceinline__ void read_halves(const View<4>& x, const Task& task, int64_t route,
-                                            int64_t tokens, Half&& half) {
+                                            int64_t tokens, int threads, Half&& half) {
   const uint16_t* first = static_cast<const uint16_t*>(x.data) + task.b * x.stride[0] +
                           route * x.stride[1] + task.channel * x.stride[2];
-  for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens,
+  for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens, threads,
              [&](auto size, const uint16_t* from, int c, int t) {
                auto put = [&](int i, uint32_t bits) { half(c, t + i) = uint16_t(bits); };
                if constexpr (decltype(size)::value == 1) {
@@ -142,7 +143,7 @@ __device__ __forceinline__ void write_tokens(const View<4>& x, const Task& task,
     using T = std::remove_pointer_t<decltype(type)>;
     T* first = static_cast<T*>(x.data) + task.b * x.stride[0] + route * x.stride[1] +
                task.channel * x.stride[2];
-    for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens,
+    for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens, int(blockDim.x),
                [&](auto size, T* to, int c, int t) {
                  if constexpr (std::is_same_v<T, double>) {
                    *to = planes.at(c, t);

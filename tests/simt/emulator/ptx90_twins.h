@@ -17,12 +17,6 @@ void have_less_registers() {
   have_registers(kCount);
 }
 
-// ---- mbarriers (mbarrier.cpp)
-
-void mbarrier_init(uint64_t* barrier, int count, SIMT_LOC);
-void mbarrier_arrive(uint64_t* barrier, SIMT_LOC);
-void mbarrier_wait(uint64_t* barrier, unsigned parity, SIMT_LOC);
-
 // ---- wgmma (wgmma.cpp)
 
 void fence_proxy_async();

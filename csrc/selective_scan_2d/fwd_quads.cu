@@ -1,0 +1,295 @@
+// Forward of the selective scan along routes with four channels to a lane and one state, see pairs.cuh for
+// who does what.
+//
+//   map --u--> words --gather--> scan of a tile --add--> sums of y --gate--> map
+//                                  ^ places, dt, B, C of the tile
+//
+// Helpers and teams go on by themselves: a tile's rows come to one of some buffers, which is full for the
+// quads that read it, and free when each of them has found from it all that it needs. The parameters of
+// all routes are there before.
+//
+// Grid over (batch, block of quads). Shared memory: see PairLayout; words and sums take 24 bytes for a
+// token and quad.
+#include "common/launch.h"
+#include "selective_scan_2d/pair_rows.cuh"
+#include "selective_scan_2d/pairs.cuh"
+
+namespace statescan::selective_scan_2d::cuda {
+namespace {
+
+constexpr int kQuad = 4;
+using Items = ItemsOf<kQuad>;
+using Numbers = Several<float, kQuad>;  // of each channel
+
+// Which of the buffers the rows of a block's `number`-th tile are in, and how often it was full before.
+struct Buffer {
+  int i;
+  unsigned turn;
+  __device__ __forceinline__ Buffer(const PairLayout& at, int number)
+      : i(number & (1 << at.buffers_log2) - 1), turn(unsigned(number) >> at.buffers_log2) {}
+};
+
+// A lane's steps from a state of 0, of each channel: y + slope h is what comes out of state h.
+struct Walked {
+  Items y, slope;
+  Map map[kQuad];
+};
+
+template <class T>
+__device__ __forceinline__ void walk(const WordsOf<kQuad>& words, const float (&B)[OfPair::kItems],
+                                     const float (&C)[OfPair::kItems], const Numbers& A,
+                                     const Numbers& D, const Items& delta, Walked& x) {
+#pragma unroll
+  for (int j = 0; j < OfPair::kItems; ++j) {
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) {
+      const float u = half_of_word<T>(words[j].x[c / 2], c % 2), a = decay(delta[c][j], A.x[c]);
+      x.map[c].b = a * x.map[c].b + delta[c][j] * u * B[j];
+      x.map[c].a *= a;
+      x.y[c][j] = C[j] * x.map[c].b + D.x[c] * u;
+      x.slope[c][j] = C[j] * x.map[c].a;
+    }
+  }
+}
+
+// What the state is before the tile and, of the last one, after it.
+__device__ __forceinline__ void store_states(const FwdParams& p, const PairMemory& memory,
+                                             const Member& me, const PairTile& tile, float start,
+                                             float end) {
+  const bool last = tile.i + 1 == int(p.tiles);
+  if (p.chunk_states == nullptr && !last) return;
+  const Task& task = memory.now().task;
+  const int64_t channel = task.channel + me.pair * kQuad + me.lane % kQuad;
+  if (me.lane < 32 - kQuad || channel >= p.dim) return;  // the last lanes know the end
+  if (p.chunk_states != nullptr) {
+    const int64_t row = (task.b * p.routes + tile.route) * p.tiles + tile.i;
+    static_cast<float*>(p.chunk_states)[row * p.dim + channel] = start;
+  }
+  if (!last) return;
+  const View<4>& x = p.last_state;
+  store_element(x.data, x.dtype, state_offset(x, task.b, tile.route, channel), end);
+}
+
+// What the member's tile starts from, of the lane's channel, and what it leaves for the next round.
+__device__ __forceinline__ float enter_tile(const FwdParams& p, const PairMemory& memory,
+                                            const Member& me, const PairTile& tile,
+                                            const ChannelScan<kQuad, false>& scan) {
+  const int maps = maps_of_turn(memory, me, tile.turn), size = kQuad * 8;
+  if (scan.is_last()) put_map(memory, me, maps, scan.all);
+  me.wait_for_team(memory.at);  // the maps of all are there
+  // h in turns: others may still read what the last one leaves for the next round.
+  auto* table = memory.get<float>(tile.table) + (kItemStates * kQuad + me.lane % kQuad);
+  auto h_at = [&](int turn) -> float& { return table[(kItemH + (turn & 1)) * kQuad]; };
+  float h = h_at(tile.turn);
+#pragma unroll
+  for (int k = 0; k + 1 < kMaxTeam; ++k) {
+    if (k >= me.i) break;
+    const auto map = *memory.get<Several<float, 2>>(maps + k * size);
+    h = map.x[0] * h + map.x[1];
+  }
+  const float end = scan.all.a * h + scan.all.b;
+  if (tile.last && scan.is_last()) h_at(tile.turn + 1) = end;
+  store_states(p, memory, me, tile, h, end);
+  return h;
+}
+
+__device__ __forceinline__ void walk_tile(const FwdParams& p, const PairMemory& memory,
+                                          const Member& me, const PairTile& tile,
+                                          uint64_t* has_read) {
+  auto* table = memory.get<float>(tile.table);
+  auto item = [&](int i) -> const Numbers& { return several<kQuad>(table[i * kQuad]); };
+  int at[OfPair::kItems];
+  Items delta;
+  multiply_ranks<kQuad>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight), item(kItemBias),
+                        delta);
+  load_steps(memory, tile.rows + memory.at.place, me, at);
+  if (tile.flags & kHoles) {
+    const float none = p.delta_softplus ? -INFINITY : 0.0f;
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) {
+#pragma unroll
+      for (int j = 0; j < OfPair::kItems; ++j) delta[c][j] = at[j] == kSkip ? none : delta[c][j];
+    }
+  }
+  if (p.delta_softplus) {
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) {
+#pragma unroll
+      for (int j = 0; j < OfPair::kItems; ++j) {
+        float slope;
+        delta[c][j] = softplus_base2(delta[c][j], slope);
+      }
+    }
+  }
+  WordsOf<kQuad> words;
+  gather_words<kQuad>(memory, me.words, tile.flags, at, words);
+  float B[OfPair::kItems], C[OfPair::kItems];
+  load_steps(memory, tile.rows + memory.at.B, me, B);
+  load_steps(memory, tile.rows + memory.at.C, me, C);
+  __syncwarp();  // all lanes have read the rows
+  if (me.lane == 0) ptx::mbarrier_arrive(has_read);
+  Walked x;
+  with_half_type(p.u.dtype, [&](auto type) {
+    walk<decltype(type)>(words, B, C, item(kItemStates + kItemA), item(kItemD), delta, x);
+  });
+  const ChannelScan<kQuad, false> scan(me.lane, x.map);
+  float h[kQuad];
+  scan.enter(enter_tile(p, memory, me, tile, scan), h);
+  const Numbers weight = item(kItemWeight);
+  add_to_sums<kQuad>(memory, tile.flags, at, me, [&](float sum, int j, int c) {
+    return sum + weight.x[c] * (x.y[c][j] + x.slope[c][j] * h[c]);
+  });
+}
+
+__device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory& memory) {
+  const PairLayout& layout = memory.at;
+  const Member me(memory);
+  const int rounds = rounds_of(p), tiles = int(p.tiles);
+  if (me.pair * kQuad >= memory.now().task.channels) return;
+  PairNow& now = memory.now();
+  ptx::mbarrier_wait(&now.tables, 0);
+  int turn = 0;  // rounds before, of all routes
+#pragma unroll 1
+  for (int route = 0; route < int(p.routes); ++route) {
+    const int table = ptx::opaque(memory.table(route, me.pair));
+    const int weight = ptx::opaque(memory.weight(route, me.pair));
+#pragma unroll 1
+    for (int round = 0; round < rounds; ++round, ++turn) {
+      const int first = round * layout.team, tile = first + me.i;
+      if (tile < tiles) {
+        const Buffer buffer(layout, route * tiles + tile);
+        ptx::mbarrier_wait(&now.full[buffer.i], buffer.turn & 1);
+        walk_tile(
+            p, memory, me,
+            {route, tile, now.flags[buffer.i], turn, me.i + 1 == layout.team || tile + 1 == tiles,
+             memory.rows(buffer.i), table, weight},
+            &now.free[buffer.i]);
+      } else {
+        me.wait_for_team(layout);
+        if (round_at(p, now.task.b, route, round).flags & kRepeats) wait_for_turns(layout, me);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ void stage_tile(const FwdParams& p, const PairMemory& memory,
+                                           const Round& r, int buffer, int lane) {
+  const int rows = memory.rows(buffer);
+  const PairLayout& at = memory.at;
+  if (lane == 0) memory.now().flags[buffer] = r.flags;
+  const int64_t b = memory.now().task.b;
+  const float scale = p.delta_softplus ? float(kLn2) : 1.0f;
+#pragma unroll 1
+  for (int t = lane; t < OfPair::kSteps; t += 32) {
+    memory.get<int>(rows + at.place)[in_round_row(t)] = r.place[t];
+    auto first = [&](auto* type, const View<4>& x) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      return static_cast<const T*>(x.data) + b * x.stride[0] + r.route * x.stride[1] +
+             r.begin * x.stride[3];
+    };
+    with_device_type(p.B.dtype, [&](auto* type) {
+      if constexpr (sizeof(*type) <= 4) {
+        memory.get<float>(rows + at.B)[in_round_row(t)] =
+            scale * number_at(first(type, p.B), p.B, r, 0, t, false);
+      }
+    });
+    with_device_type(p.C.dtype, [&](auto* type) {
+      if constexpr (sizeof(*type) <= 4) {
+        memory.get<float>(rows + at.C)[in_round_row(t)] =
+            number_at(first(type, p.C), p.C, r, 0, t, false);
+      }
+    });
+    with_device_type(p.delta.dtype, [&](auto* type) {
+      if constexpr (sizeof(*type) == 2) {
+        for (int k = 0; k < at.rank_blocks; ++k) {
+          float v[8];
+          for (int i = 0; i < 8; ++i)
+            v[i] = k * 8 + i < p.rank
+                       ? number_at(first(type, p.delta), p.delta, r, k * 8 + i, t, true)
+                       : 0.0f;
+          uint4* to = memory.get<uint4>(rows) + k * OfPair::kSteps + dt_unit(t);
+          store_terms(v, to,
+                      std::is_same_v<std::remove_pointer_t<decltype(type)>, BFloat16>
+                          ? nullptr
+                          : to + at.rank_blocks * OfPair::kSteps);
+        }
+      }
+    });
+  }
+}
+
+// Each of the helpers brings tiles of its own.
+__device__ __forceinline__ void stage_tiles(const FwdParams& p, const PairMemory& memory) {
+  const PairLayout& layout = memory.at;
+  PairNow& now = memory.now();
+  const int thread = ptx::opaque(int(threadIdx.x)) - 32 * layout.pairs * layout.team;
+  stage_tables(p, memory, 0, int(p.routes), p.initial_state);
+  __syncwarp();  // the warp's share of the tables is there
+  if (thread % 32 == 0) ptx::mbarrier_arrive(&now.tables);
+  const int tiles = int(p.tiles);
+  int route = 0, tile = thread / 32;
+#pragma unroll 1
+  for (int number = tile;; number += layout.helpers, tile += layout.helpers) {
+    while (tile >= tiles) tile -= tiles, ++route;
+    if (route >= int(p.routes)) break;
+    const Buffer buffer(layout, number);
+    const Round r = tiles_at(p, now.task.b, route, tile, 1);
+    ptx::mbarrier_wait(&now.free[buffer.i], buffer.turn + 1 & 1);
+    stage_tile(p, memory, r, buffer.i, thread % 32);
+    __syncwarp();  // the rows are there
+    if (thread % 32 == 0) ptx::mbarrier_arrive(&now.full[buffer.i]);
+  }
+}
+
+__global__ __launch_bounds__(kPairThreads<false, kQuad>,
+                             1) void fwd_quads_kernel(const __grid_constant__ FwdParams p) {
+  const PairMemory memory(p);
+  const PairLayout& at = p.plan.pair;
+  PairNow& now = memory.now();
+  const int walkers = 32 * at.pairs * at.team;
+  if (threadIdx.x == 0) {
+    now.task = task_at(p, blockIdx.x);
+    const int quads = (now.task.channels + kQuad - 1) / kQuad;
+    for (int i = 0; i < 1 << at.buffers_log2; ++i) {
+      ptx::mbarrier_init(&now.full[i], 1);
+      ptx::mbarrier_init(&now.free[i], quads);
+    }
+    ptx::mbarrier_init(&now.tables, at.helpers);
+  }
+  __syncthreads();  // the task is known, the mbarriers are there
+  const Task& task = now.task;
+  if (int(threadIdx.x) >= walkers) {
+    stage_tiles(p, memory);
+  } else {
+    constexpr int kWalkers = 15;  // a barrier that no team has
+    if (task.channels < kQuad * at.pairs) {
+      // Of what channels there are not nothing is added up.
+      clear(memory.get<uint32_t>(memory.words(task.channels / kQuad)), at.pitch * kQuad / 2,
+            walkers);
+      ptx::barrier_sync(kWalkers, walkers);  // it is zero
+    }
+    clear(memory.get<uint32_t>(at.sums), at.pairs * at.pitch * kQuad, walkers);
+    read_halves(p.u, task, 0, p.tokens, walkers, [&](int c, int t) -> uint16_t& {
+      return memory.get<uint16_t>(memory.words(c / kQuad))[at.position(t) * kQuad + c % kQuad];
+    });
+    ptx::barrier_sync(kWalkers, walkers);  // words and sums are in place
+    walk_routes(p, memory);
+  }
+  __syncthreads();  // all routes have been walked
+  const PairSums<kQuad> y(memory);
+  if (p.z) {
+    read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSilu, y);
+    __syncthreads();  // y is gated
+  }
+  write_tokens(p.y, task, 0, p.tokens, y);
+}
+
+}  // namespace
+
+void fwd_quads(const FwdParams& p, cudaStream_t stream) {
+  const PairLayout& at = p.plan.pair;
+  launch("selective_scan_2d fwd quads", fwd_quads_kernel, p.plan.grid,
+         32 * (at.pairs * at.team + at.helpers), size_t(p.plan.shared_bytes), stream, p);
+}
+
+}  // namespace statescan::selective_scan_2d::cuda
