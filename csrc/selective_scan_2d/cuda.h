@@ -42,7 +42,8 @@ struct PairLayout {
   int rank_blocks, dt_blocks;  // of eight: of ranks; of rows in shared memory
   int items;                   // of a pair's table
   int pitch;                   // tokens of a plane, with spare ones in between
-  int B, C, place, buffer;     // bytes: where they are in a buffer of rows, and how large that is
+  int at_once;              // neighbouring steps of delta, B, C that can be read at once: 8, 4, 1
+  int B, C, place, buffer;  // bytes: where they are in a buffer of rows, and how large that is
   int buffers, weight, table, map, words, sums;  // bytes: where they are
   // Of the backward: words of dy, shares of dB and dC, ddelta, sums of each team and of each helper.
   int dy, shares, ddelta, team_sums, helper_sums;

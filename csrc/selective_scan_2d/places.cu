@@ -2,6 +2,7 @@
 // channels are dealt to blocks.
 #include <algorithm>
 
+#include "common/device_view.cuh"
 #include "common/divisor.h"
 #include "common/launch.h"
 #include "selective_scan_2d/pairs.cuh"
@@ -110,6 +111,27 @@ PairLayout find_pairs(const Problem& p, bool backward, const View<4>& dy, int64_
   return best;
 }
 
+// How many neighbouring steps of delta, B and C can be read at once, if all are of one type and of so few
+// elements that 32 bits count them: 8 or 4. Else 1.
+int steps_at_once(const Problem& p) {
+  auto is_small = [&](const View<4>& x, int64_t rows) {
+    const int64_t last = (p.batch - 1) * x.stride[0] + (p.routes - 1) * x.stride[1] +
+                         (rows - 1) * x.stride[2] + p.steps;
+    return last < int64_t(1) << 31;
+  };
+  if (p.B.dtype != p.delta.dtype || p.C.dtype != p.delta.dtype || !is_small(p.delta, p.rank + 8) ||
+      !is_small(p.B, p.state + 1) || !is_small(p.C, p.state + 1)) {
+    return 1;
+  }
+  for (int count : {8, 4}) {
+    if (p.steps % count == 0 && in_lines(p.delta, count) && in_lines(p.B, count) &&
+        in_lines(p.C, count)) {
+      return count;
+    }
+  }
+  return 1;
+}
+
 }  // namespace
 
 Plan plan(const Problem& p, bool backward, const View<4>& dy, int64_t shared_limit) {
@@ -118,6 +140,7 @@ Plan plan(const Problem& p, bool backward, const View<4>& dy, int64_t shared_lim
   Plan plan{};
   plan.pair = find_pairs(p, backward, dy, shared_limit);
   if (plan.pair.pairs > 0) {
+    plan.pair.at_once = steps_at_once(p);
     plan.channels = 2 * plan.pair.pairs, plan.blocks = (p.dim + plan.channels - 1) / plan.channels;
     plan.on_chip = plan.fast = plan.together = true;
     plan.pitch = plan.pair.pitch, plan.shared_bytes = plan.pair.bytes;
