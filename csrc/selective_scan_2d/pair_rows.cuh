@@ -52,7 +52,9 @@ __device__ __forceinline__ void put_ranks(const PairMemory& memory, const uint32
       float v[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[i] = to_number(T{uint16_t(rows[i][j / 2] >> j % 2 * 16)});
-      store_terms(v, to, to + to_second);
+      uint4 term, rest;
+      store_terms(v, &term, &rest);
+      *to = term, to[to_second] = rest;
     }
   }
 }
