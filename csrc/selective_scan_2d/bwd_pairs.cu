@@ -199,7 +199,7 @@ __device__ __forceinline__ void walk_routes(const BwdParams& p, const PairMemory
 #pragma unroll 1
     for (int k = 0; k < rounds; ++k, ++number) {
       const int i = rounds - 1 - k, tile = i * memory.at.team + me.i;
-      const int flags = memory.now().flags[number & 1];
+      const int flags = memory.flags(number);
       if (there && tile < tiles) {
         walk_tile(p, memory, me,
                   {route, tile, flags, k & 1, i == 0, memory.rows(number),

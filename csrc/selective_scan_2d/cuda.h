@@ -48,6 +48,7 @@ struct PairLayout {
   int items;                   // of a pair's table
   int pitch;                   // tokens of a plane, with spare ones in between
   int spare_after[2];          // spare tokens of a plane: one after every 2^n
+  int at_once;                 // neighbouring steps of delta, B, C that can be read at once: 8, 4, 1
   int B, C, place, buffer;     // bytes: where they are in a buffer of rows, and how large that is
   int buffers, weight, table, map, words, sums;  // bytes: where they are
   // Of the backward: words of dy, shares of dB and dC, ddelta, sums of each team and of each helper.

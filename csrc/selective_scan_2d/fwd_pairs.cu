@@ -120,7 +120,7 @@ __device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory
     const int weight = ptx::opaque(memory.weight(route, me.pair));
 #pragma unroll 1
     for (int i = 0; i < rounds; ++i, ++round) {
-      const int tile = i * memory.at.team + me.i, flags = memory.now().flags[round & 1];
+      const int tile = i * memory.at.team + me.i, flags = memory.flags(round);
       if (there && tile < tiles) {
         walk_tile(p, memory, me,
                   {route, tile, flags, i & 1, i + 1 == rounds, memory.rows(round), table, weight});

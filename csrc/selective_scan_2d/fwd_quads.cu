@@ -21,13 +21,10 @@ constexpr int kQuad = 4;
 using Items = ItemsOf<kQuad>;
 using Numbers = Several<float, kQuad>;  // of each channel
 
-// Which of the buffers the rows of a block's `number`-th tile are in, and how often it was full before.
-struct Buffer {
-  int i;
-  unsigned turn;
-  __device__ __forceinline__ Buffer(const PairLayout& at, int number)
-      : i(number & (1 << at.buffers_log2) - 1), turn(unsigned(number) >> at.buffers_log2) {}
-};
+// How often the buffer of a block's `number`-th tile was full before.
+__device__ __forceinline__ unsigned turn_of_buffer(const PairLayout& at, int number) {
+  return unsigned(number) >> at.buffers_log2;
+}
 
 // A lane's steps from a state of 0, of each channel: y + slope h is what comes out of state h.
 struct Walked {
@@ -157,64 +154,18 @@ __device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory
     for (int round = 0; round < rounds; ++round, ++turn) {
       const int first = round * layout.team, tile = first + me.i;
       if (tile < tiles) {
-        const Buffer buffer(layout, route * tiles + tile);
-        ptx::mbarrier_wait(&now.full[buffer.i], buffer.turn & 1);
+        const int number = route * tiles + tile, buffer = memory.buffer(number);
+        ptx::mbarrier_wait(&now.full[buffer], turn_of_buffer(layout, number) & 1);
         walk_tile(
             p, memory, me,
-            {route, tile, now.flags[buffer.i], turn, me.i + 1 == layout.team || tile + 1 == tiles,
-             memory.rows(buffer.i), table, weight},
-            &now.free[buffer.i]);
+            {route, tile, memory.flags(number), turn, me.i + 1 == layout.team || tile + 1 == tiles,
+             memory.rows(number), table, weight},
+            &now.free[buffer]);
       } else {
         me.wait_for_team(layout);
         if (round_at(p, now.task.b, route, round).flags & kRepeats) wait_for_turns(layout, me);
       }
     }
-  }
-}
-
-__device__ __forceinline__ void stage_tile(const FwdParams& p, const PairMemory& memory,
-                                           const Round& r, int buffer, int lane) {
-  const int rows = memory.rows(buffer);
-  const PairLayout& at = memory.at;
-  if (lane == 0) memory.now().flags[buffer] = r.flags;
-  const int64_t b = memory.now().task.b;
-  const float scale = p.delta_softplus ? float(kLn2) : 1.0f;
-#pragma unroll 1
-  for (int t = lane; t < OfPair::kSteps; t += 32) {
-    memory.get<int>(rows + at.place)[in_round_row(t)] = r.place[t];
-    auto first = [&](auto* type, const View<4>& x) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      return static_cast<const T*>(x.data) + b * x.stride[0] + r.route * x.stride[1] +
-             r.begin * x.stride[3];
-    };
-    with_device_type(p.B.dtype, [&](auto* type) {
-      if constexpr (sizeof(*type) <= 4) {
-        memory.get<float>(rows + at.B)[in_round_row(t)] =
-            scale * number_at(first(type, p.B), p.B, r, 0, t, false);
-      }
-    });
-    with_device_type(p.C.dtype, [&](auto* type) {
-      if constexpr (sizeof(*type) <= 4) {
-        memory.get<float>(rows + at.C)[in_round_row(t)] =
-            number_at(first(type, p.C), p.C, r, 0, t, false);
-      }
-    });
-    with_device_type(p.delta.dtype, [&](auto* type) {
-      if constexpr (sizeof(*type) == 2) {
-        for (int k = 0; k < at.rank_blocks; ++k) {
-          float v[8];
-          for (int i = 0; i < 8; ++i)
-            v[i] = k * 8 + i < p.rank
-                       ? number_at(first(type, p.delta), p.delta, r, k * 8 + i, t, true)
-                       : 0.0f;
-          uint4* to = memory.get<uint4>(rows) + k * OfPair::kSteps + dt_unit(t);
-          store_terms(v, to,
-                      std::is_same_v<std::remove_pointer_t<decltype(type)>, BFloat16>
-                          ? nullptr
-                          : to + at.rank_blocks * OfPair::kSteps);
-        }
-      }
-    });
   }
 }
 
@@ -227,17 +178,23 @@ __device__ __forceinline__ void stage_tiles(const FwdParams& p, const PairMemory
   __syncwarp();  // the warp's share of the tables is there
   if (thread % 32 == 0) ptx::mbarrier_arrive(&now.tables);
   const int tiles = int(p.tiles);
+  const Crew alone{0, 1, thread % 32};
   int route = 0, tile = thread / 32;
+  RouteRows rows;
+  rows.begin(p, now.task.b, 0);
 #pragma unroll 1
   for (int number = tile;; number += layout.helpers, tile += layout.helpers) {
-    while (tile >= tiles) tile -= tiles, ++route;
-    if (route >= int(p.routes)) break;
-    const Buffer buffer(layout, number);
+    if (tile >= tiles) {
+      while (tile >= tiles) tile -= tiles, ++route;
+      if (route >= int(p.routes)) break;
+      rows.begin(p, now.task.b, route);
+    }
     const Round r = tiles_at(p, now.task.b, route, tile, 1);
-    ptx::mbarrier_wait(&now.free[buffer.i], buffer.turn + 1 & 1);
-    stage_tile(p, memory, r, buffer.i, thread % 32);
+    const int buffer = memory.buffer(number);
+    ptx::mbarrier_wait(&now.free[buffer], turn_of_buffer(layout, number) + 1 & 1);
+    stage_round(p, memory, rows, r, number, alone);
     __syncwarp();  // the rows are there
-    if (thread % 32 == 0) ptx::mbarrier_arrive(&now.full[buffer.i]);
+    if (thread % 32 == 0) ptx::mbarrier_arrive(&now.full[buffer]);
   }
 }
 

@@ -11,115 +11,169 @@ namespace statescan::selective_scan_2d::cuda {
 __device__ __forceinline__ int in_round_row(int t) {
   return (t & ~(OfPair::kSteps - 1)) + in_row<OfPair>(t & (OfPair::kSteps - 1));
 }
-// 0 where nothing is to be read: past the end, at steps to skip, and without `ghosts` at those as well.
-template <class T>
-__device__ __forceinline__ float number_at(const T* from, const View<4>& x, const Round& r, int row,
-                                           int t, bool ghosts) {
-  const int place = t < r.steps ? int(__ldg(r.place + t)) : int(kSkip);
-  const bool there = place >= 0 || (place == kGhost && ghosts);
-  return there ? to_number(from[row * x.stride[2] + t * x.stride[3]]) : 0.0f;
-}
+// Where rows of a route begin, in elements: 32 bits of them, see steps_at_once.
+struct RouteRows {
+  int delta = 0, B = 0, C = 0;
 
-// rows[i][t] = scale x[b, route, i, begin + t]
-template <class T>
-__device__ __forceinline__ void stage_round_rows(const T* from, const View<4>& x, const Round& r,
-                                                 const PairLayout& at, int count, float scale,
-                                                 int thread, float* rows) {
-  constexpr int kVec = kPackSize<T>;
-  const int threads = 16 * at.helpers;
-  const int steps = at.buffer_tiles * OfPair::kSteps;
-  if (!(r.flags & kGhosts) && x.stride[3] == 1 && is_aligned(from, x.stride[2], kVec)) {
-#pragma unroll 1
-    for (int row = 0; row < count; ++row, from += x.stride[2], rows += steps) {
-#pragma unroll 2
-      for (int t = thread * kVec; t < steps; t += threads * kVec) {
-        float v[kVec] = {};
-        if (t + kVec <= r.steps) {
-          Pack<T, kVec>::load(from + t).unpack(v);
-        } else if (t < r.steps) {
-#pragma unroll
-          for (int j = 0; j < kVec; ++j) v[j] = t + j < r.steps ? to_number(from[t + j]) : 0.0f;
-        }
-        float* to = rows + in_round_row(t);
-#pragma unroll
-        for (int j = 0; j < kVec; j += 4) {  // four neighbours in time are neighbours in a row
-          several<4>(to[j * 32]) = {v[j] * scale, v[j + 1] * scale, v[j + 2] * scale,
-                                    v[j + 3] * scale};
-        }
-      }
-    }
-    return;
+  __device__ __forceinline__ void begin(const Inputs& p, int64_t b, int route) {
+    auto first = [&](const View<4>& x) { return int(b * x.stride[0] + route * x.stride[1]); };
+    delta = first(p.delta), B = first(p.B), C = first(p.C);
   }
-  const bool time_inside = x.stride[3] <= x.stride[2];
-  const int total = (time_inside ? count : (count + 7) / 8 * 8) * steps;
-#pragma unroll 2
-  for (int i = thread; i < total; i += threads) {
-    const int outer = (time_inside ? i : i / 8) / steps;
-    const int t = (time_inside ? i : i / 8) - outer * steps;
-    const int row = time_inside ? outer : outer * 8 + i % 8;
-    if (row < count) {
-      rows[row * steps + in_round_row(t)] = scale * number_at(from, x, r, row, t, false);
-    }
+};
+
+// Eight neighbouring steps of a row, a pack at a time, and zeros from the `there`-th on.
+template <class Pack>
+__device__ __forceinline__ void load_eight(const uint16_t* from, int there, uint32_t (&x)[4]) {
+  constexpr int kWords = sizeof(Pack) / 4;
+#pragma unroll
+  for (int i = 0; i < 4; i += kWords) {
+    Pack v{};
+    if (2 * i < there) v = __ldg(reinterpret_cast<const Pack*>(from + 2 * i));
+    x[i] = v.x, x[i + 1] = v.y;
+    if constexpr (kWords == 4) x[i + 2] = v.z, x[i + 3] = v.w;
   }
 }
 
-// Eight steps of eight ranks, to the units of which the first is `unit`.
+// Eight steps of eight ranks, to the units of which the first is at `unit`, in bytes.
 template <class T>
-__device__ __forceinline__ void put_ranks_of_steps(const uint32_t (&rows)[8][4], uint4* to,
-                                                   int unit, int to_second) {
+__device__ __forceinline__ void put_ranks(const PairMemory& memory, const uint32_t (&rows)[8][4],
+                                          int unit, int to_second) {
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
+    auto* to = memory.get<uint4>(unit ^ j * 16);
     if constexpr (std::is_same_v<T, BFloat16>) {
       uint32_t pair[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         pair[i] = ptx::pair_halves(j % 2, rows[2 * i][j / 2], rows[2 * i + 1][j / 2]);
       }
-      to[unit ^ j] = {pair[0], pair[1], pair[2], pair[3]};
+      *to = {pair[0], pair[1], pair[2], pair[3]};
     } else {
       float v[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) v[i] = to_number(T{uint16_t(rows[i][j / 2] >> j % 2 * 16)});
-      store_terms(v, to + (unit ^ j), to + (unit ^ j) + to_second);
+      uint4 term, rest;
+      store_terms(v, &term, &rest);
+      *to = term, to[to_second] = rest;
     }
   }
 }
 
+// Eight steps of a row of B or C: four neighbours in time are neighbours there, too.
 template <class T>
-__device__ __forceinline__ void stage_ranks(const T* from, const View<4>& x, const Round& r,
-                                            const PairLayout& at, int rank, int thread, uint4* dt) {
-  const int threads = 16 * at.helpers;
-  const int steps = at.buffer_tiles * OfPair::kSteps, to_second = at.rank_blocks * steps;
-  auto step = [&](int block, int t) {
-    float v[8];
+__device__ __forceinline__ void put_numbers(const uint32_t (&words)[4], float scale, float* to) {
+  float v[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int row = block * 8 + i;
-      v[i] = row < rank ? number_at(from, x, r, row, t, true) : 0.0f;
-    }
-    uint4* to = dt + block * steps + dt_unit(t);
-    store_terms(v, to, std::is_same_v<T, BFloat16> ? nullptr : to + to_second);
-  };
-  const bool packed = !(r.flags & kGhosts) && x.stride[3] == 1 && is_aligned(from, x.stride[2], 8);
-  const int whole = packed ? r.steps & ~7 : 0;  // steps read eight at a time
-#pragma unroll 1
-  for (int block = 0; block < at.rank_blocks; ++block) {
-    const T* row = from + block * 8 * x.stride[2];
-#pragma unroll 1
-    for (int t = thread * 8; t < whole; t += threads * 8) {
-      uint32_t rows[8][4];
-      const T* first = row + t;
+  for (int j = 0; j < 8; ++j) v[j] = scale * to_number(T{uint16_t(words[j / 2] >> j % 2 * 16)});
 #pragma unroll
-      for (int i = 0; i < 8; ++i, first += x.stride[2]) {
-        uint4 v{};
-        if (block * 8 + i < rank) v = __ldg(reinterpret_cast<const uint4*>(first));
-        rows[i][0] = v.x, rows[i][1] = v.y, rows[i][2] = v.z, rows[i][3] = v.w;
+  for (int j = 0; j < 8; j += 4)
+    several<4>(to[in_row<OfPair>(j)]) = {v[j], v[j + 1], v[j + 2], v[j + 3]};
+}
+
+// The warps that bring a round, and who of them it is.
+struct Crew {
+  int warp, warps, lane;
+};
+
+// A round in packs of neighbouring steps: eight steps by a lane, a tile by a warp. Eight ranks and a state
+// are on their way together; tiles are dealt to the helpers in turn, whatever they are of.
+template <class T, class Pack>
+__device__ __forceinline__ void stage_packs(const Inputs& p, const PairMemory& memory,
+                                            const RouteRows& from, const Round& r, int rows,
+                                            const Crew& crew) {
+  const PairLayout& at = p.plan.pair;
+  const int steps = at.buffer_tiles * OfPair::kSteps, states = int(p.state);
+  const int all = at.rank_blocks > states ? at.rank_blocks : states;
+  const float scale = p.delta_softplus ? float(kLn2) : 1.0f;
+  auto at_row = [](const View<4>& x, int i) { return static_cast<const uint16_t*>(x.data) + i; };
+  const int begin = int(r.begin);
+  int delta = from.delta + begin, B = from.B + begin, C = from.C + begin;
+#pragma unroll 1
+  for (int k = 0, tile = crew.warp; k < all; ++k, tile -= r.tiles) {
+    const int ranks = int(p.rank) - 8 * k;
+#pragma unroll 1
+    for (; tile < r.tiles; tile += crew.warps) {
+      const int first = tile * OfPair::kSteps, t = first + crew.lane * 8;
+      const int there = sizeof(Pack) == 16 ? (t < r.steps ? 8 : 0) : r.steps - t;
+      uint32_t rank_row[8][4], B_row[4], C_row[4];
+      const uint16_t* row = at_row(p.delta, delta + t);
+#pragma unroll
+      for (int i = 0; i < 8; ++i, row += p.delta.stride[2]) {
+        load_eight<Pack>(row, i < ranks ? there : 0, rank_row[i]);
       }
-      put_ranks_of_steps<T>(rows, dt + block * steps, dt_unit(t), to_second);
+      load_eight<Pack>(at_row(p.B, B + t), k < states ? there : 0, B_row);
+      load_eight<Pack>(at_row(p.C, C + t), k < states ? there : 0, C_row);
+      const int to = rows + (k * steps + first) * 4;  // k-th rows of a round, of numbers
+      if (k < states) {
+        put_numbers<T>(B_row, scale, memory.get<float>(to + at.B) + crew.lane * 4);
+        put_numbers<T>(C_row, 1, memory.get<float>(to + at.C) + crew.lane * 4);
+      }
+      if (ranks > 0) {
+        put_ranks<T>(memory, rank_row, rows + (k * steps + first + dt_unit(crew.lane * 8)) * 16,
+                     at.rank_blocks * steps);
+      }
     }
-#pragma unroll 1
-    for (int t = whole + thread; t < steps; t += threads) step(block, t);
+    delta += 8 * int(p.delta.stride[2]), B += int(p.B.stride[2]), C += int(p.C.stride[2]);
   }
+}
+
+// Step t of an operand's first row along a round.
+template <class T>
+__device__ __forceinline__ const T* row_at(const View<4>& x, int64_t b, const Round& r, int t) {
+  return static_cast<const T*>(x.data) + b * x.stride[0] + r.route * x.stride[1] +
+         (r.begin + t) * x.stride[3];
+}
+
+// The same step by step: rows that lie otherwise, and steps of no token, which are not read (but delta
+// at ghosts).
+__device__ __forceinline__ void stage_steps(const Inputs& p, const PairMemory& memory,
+                                            const Round& r, int rows, const Crew& crew) {
+  const PairLayout& at = p.plan.pair;
+  const int64_t b = memory.now().task.b;
+  const int steps = at.buffer_tiles * OfPair::kSteps;
+  auto for_steps = [&](auto&& f) {
+#pragma unroll 1
+    for (int t = crew.warp * 32 + crew.lane; t < r.tiles * OfPair::kSteps; t += crew.warps * 32) {
+      f(t, t < r.steps ? int(__ldg(r.place + t)) : int(kSkip));
+    }
+  };
+  with_device_type(p.delta.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(T) == 2) {
+      for_steps([&](int t, int place) {
+        const T* from = row_at<T>(p.delta, b, r, t);
+        uint4* to = memory.get<uint4>(rows) + dt_unit(t);
+#pragma unroll 1
+        for (int row = 0; row < p.rank; row += 8, to += steps) {
+          float v[8] = {};
+          if (place != kSkip) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i, from += p.delta.stride[2]) {
+              if (row + i < p.rank) v[i] = to_number(*from);
+            }
+          }
+          const bool exact = std::is_same_v<T, BFloat16>;
+          store_terms(v, to, exact ? nullptr : to + at.rank_blocks * steps);
+        }
+      });
+    }
+  });
+  auto stage = [&](const View<4>& x, float scale, float* to) {
+    with_device_type(x.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      if constexpr (sizeof(T) <= 4) {
+        for_steps([&](int t, int place) {
+          const T* from = row_at<T>(x, b, r, t);
+#pragma unroll 1
+          for (int n = 0; n < p.state; ++n, from += x.stride[2]) {
+            to[n * steps + in_round_row(t)] = place >= 0 ? scale * to_number(*from) : 0.0f;
+          }
+        });
+      }
+    });
+  };
+  stage(p.B, p.delta_softplus ? float(kLn2) : 1.0f, memory.get<float>(rows + at.B));
+  stage(p.C, 1, memory.get<float>(rows + at.C));
 }
 
 // Parameters of `routes` routes from `first`, by the helpers. With softplus the step sizes are counted in
@@ -183,46 +237,32 @@ __device__ __forceinline__ void stage_tables(const Inputs& p, const PairMemory& 
   }
 }
 
-// Brings a round, which is the block's `number`-th, by half of the helpers low-rank delta, by the others
-// all else: as many loads as can be are on their way together.
+// Brings a round, which is the block's `number`-th.
 __device__ __forceinline__ void stage_round(const Inputs& p, const PairMemory& memory,
-                                            const Round& r, int number) {
+                                            const RouteRows& from, const Round& r, int number,
+                                            const Crew& crew) {
   const PairLayout& at = p.plan.pair;
-  const int threads = 16 * at.helpers;
-  int thread = ptx::opaque(int(threadIdx.x)) - int(blockDim.x) + 2 * threads;
   const int rows = memory.rows(number);
-  auto first = [&](auto* type, const View<4>& x) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    return static_cast<const T*>(x.data) + memory.now().task.b * x.stride[0] +
-           r.route * x.stride[1] + r.begin * x.stride[3];
-  };
-  if (thread >= threads) {
-    with_device_type(p.delta.dtype, [&](auto* type) {
-      if constexpr (sizeof(*type) == 2) {
-        stage_ranks(first(type, p.delta), p.delta, r, at, int(p.rank), thread - threads,
-                    memory.get<uint4>(rows));
-      }
-    });
-    return;
-  }
-  if (thread == 0) memory.now().flags[number & 1] = r.flags;
-  int* place = memory.get<int>(rows + at.place);
-#pragma unroll 4
-  for (int t = 4 * thread; t < r.tiles * OfPair::kSteps; t += 4 * threads) {
-    *reinterpret_cast<uint4*>(place + in_round_row(t)) =
-        __ldg(reinterpret_cast<const uint4*>(r.place + t));
-  }
-  const float scale = p.delta_softplus ? float(kLn2) : 1.0f;
+  if (crew.warp == 0 && crew.lane == 0) memory.flags(number) = r.flags;
 #pragma unroll 1
-  for (int which = 0; which < 2; ++which) {
-    const View<4>& x = which == 0 ? p.B : p.C;
-    with_device_type(x.dtype, [&](auto* type) {
-      if constexpr (sizeof(*type) <= 4) {
-        stage_round_rows(first(type, x), x, r, at, int(p.state), which == 0 ? scale : 1.0f, thread,
-                         memory.get<float>(rows + (which == 0 ? at.B : at.C)));
-      }
-    });
+  for (int tile = crew.warp; tile < r.tiles; tile += crew.warps) {
+    int* place = memory.get<int>(rows + at.place) + tile * OfPair::kSteps + crew.lane * 4;
+    const int32_t* from = r.place + tile * OfPair::kSteps + crew.lane * 8;
+    ptx::cp_async_16(place, from);
+    ptx::cp_async_16(place + in_row<OfPair>(4), from + 4);
   }
+  ptx::cp_async_commit();
+  auto stage = [&](auto pack) {
+    using Pack = decltype(pack);
+    p.delta.dtype == DType::kBFloat16 ? stage_packs<BFloat16, Pack>(p, memory, from, r, rows, crew)
+                                      : stage_packs<Half, Pack>(p, memory, from, r, rows, crew);
+  };
+  if (at.at_once == 1 || r.flags & kGhosts) {
+    stage_steps(p, memory, r, rows, crew);
+  } else {
+    at.at_once == 8 ? stage(uint4{}) : stage(uint2{});
+  }
+  ptx::cp_async_wait<0>();  // places are there
 }
 
 // All rounds, each while the others walk the one before; backward: those of a route from the last to
@@ -235,10 +275,16 @@ __device__ __forceinline__ void stage_routes(const Inputs& p, const PairMemory& 
     return round_at(p, memory.now().task.b, route, backward ? rounds - 1 - i : i);
   };
   Round r = at(0, 0), before{};
+  RouteRows rows;
+  const int thread = ptx::opaque(int(threadIdx.x)) - int(blockDim.x) + 32 * p.plan.pair.helpers;
+  const Crew crew{thread >> 5, p.plan.pair.helpers, thread & 31};
 #pragma unroll 1
   for (int number = 0, i = 0, route = 0; number < all; ++number) {
-    if (i == 0) stage_tables(p, memory, route, 1, start);
-    stage_round(p, memory, r, number);
+    if (i == 0) {
+      stage_tables(p, memory, route, 1, start);
+      rows.begin(p, memory.now().task.b, route);
+    }
+    stage_round(p, memory, rows, r, number, crew);
     const Round now = r;
     const bool last = i == 0;  // the round before was, of its route
     if (++i == rounds) i = 0, ++route;

@@ -114,9 +114,13 @@ struct PairMemory {
     return reinterpret_cast<T*>(first + bytes);
   }
   __device__ __forceinline__ PairNow& now() const { return *get<PairNow>(0); }
+  __device__ __forceinline__ int buffer(int round) const {
+    return round & (1 << at.buffers_log2) - 1;
+  }
+  __device__ __forceinline__ int& flags(int round) const { return now().flags[buffer(round)]; }
   // Bytes: where the rows of a round are, and a route's table and weights of a pair.
   __device__ __forceinline__ int rows(int round) const {
-    return at.buffers + (round & (1 << at.buffers_log2) - 1) * at.buffer;
+    return at.buffers + buffer(round) * at.buffer;
   }
   __device__ __forceinline__ int table(int route, int pair) const {
     return at.table + ((route & at.route_mask) * at.pairs + pair) * at.items * at.channels * 4;

@@ -2,6 +2,7 @@
 // channels are dealt to blocks.
 #include <algorithm>
 
+#include "common/device_view.cuh"
 #include "common/divisor.h"
 #include "common/launch.h"
 #include "selective_scan_2d/pairs.cuh"
@@ -10,10 +11,27 @@
 namespace statescan::selective_scan_2d::cuda {
 namespace {
 
-// The places of a group of tiles, and once more, so that a step may look at those that come round.
+constexpr int kPlacesThreads = 1024;
+
+// Tiles that are walked side by side.
+STATESCAN_HOST_DEVICE int tiles_of_group(const Inputs& p) {
+  return p.plan.pair.pairs > 0 ? p.plan.pair.team : 1;
+}
+
+// The places that a group of tiles has come by: a table of twice as many entries as there are steps.
 struct Seen {
-  SharedArray<int32_t, 2 * kMaxTeam * kLongTile> place;
+  SharedArray<int32_t, 2 * kMaxTeam * kLongTile> place;  // kSkip: none
 };
+
+// Enters a place where its bits, mixed, lead to or, if others are there, behind them. Was it there?
+__device__ __forceinline__ bool comes_again(Seen& seen, int entries, int32_t place) {
+  int at = int(uint64_t(uint32_t(place) * 2654435769u) * entries >> 32);
+  for (;;) {
+    const int32_t before = atomicCAS(&seen.place[at], int32_t(kSkip), place);
+    if (before == kSkip || before == place) return before == place;
+    if (++at == entries) at = 0;
+  }
+}
 
 __device__ __forceinline__ int32_t find_place(const Inputs& p, int64_t table, int64_t route,
                                               int64_t t) {
@@ -23,41 +41,33 @@ __device__ __forceinline__ int32_t find_place(const Inputs& p, int64_t table, in
   return p.plan.pair.pairs > 0 ? p.plan.pair.position(token) : in_plane(token);
 }
 
-// Block: the tiles of a route that are walked side by side; thread: a step of each of them. Whether a
-// token comes twice in the group is asked of every pair of its steps: each looks at the half of the
-// others that follow it round in a circle.
-__global__ __launch_bounds__(kLongTile) void places_kernel(const Inputs p, Divisor groups,
-                                                           Divisor routes, int32_t* place,
-                                                           int32_t* flags, int64_t tasks) {
+// Block: the tiles of a route that are walked side by side; thread: steps of them.
+__global__ __launch_bounds__(kPlacesThreads) void places_kernel(const Inputs p, Divisor groups,
+                                                                Divisor routes, int32_t* place,
+                                                                int32_t* flags, int64_t tasks) {
   Seen& seen = block_shared<Seen>();
-  const int i = int(threadIdx.x), chunk = int(p.chunk);
-  const int most = p.plan.pair.pairs > 0 ? p.plan.pair.team : 1;
+  const int i = int(threadIdx.x), chunk = int(p.chunk), most = tiles_of_group(p);
+  const int entries = 2 * most * chunk;
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     int64_t group, route;
     const int64_t table = routes.divide(groups.divide(task, group), route);
     const int64_t first = group * most, row = (table * p.routes + route) * p.tiles + first;
-    const int tiles = p.tiles - first < most ? int(p.tiles - first) : most, steps = tiles * chunk;
-    int any = 0;      // flags of all of the group
-    __syncthreads();  // the group before has been looked at
-    for (int k = 0; k < tiles; ++k) {
-      const int64_t t = (first + k) * p.chunk + i;
-      const int32_t found = i < chunk ? find_place(p, table, route, t) : int32_t(kSkip);
-      if (i < chunk) {
-        place[(row + k) * chunk + i] = found;
-        seen.place[k * chunk + i] = seen.place[steps + k * chunk + i] = found;
-      }
-      const bool inside = i < chunk && t < p.steps;
-      if (__syncthreads_or(i < chunk && found < 0)) any |= kHoles;
-      if (__syncthreads_or(inside && found < 0)) any |= kGhosts;
-      if (__syncthreads_or(inside && p.resets_at(t))) any |= kResets;
+    const int tiles = p.tiles - first < most ? int(p.tiles - first) : most;
+    for (int k = i; k < entries; k += int(blockDim.x)) seen.place[k] = kSkip;
+    __syncthreads();  // the table is empty
+    bool holes = false, ghosts = false, resets = false, repeats = false;
+    for (int k = i; k < tiles * chunk; k += int(blockDim.x)) {
+      const int64_t t = first * chunk + k;
+      const int32_t found = find_place(p, table, route, t);
+      place[row * chunk + k] = found;
+      holes |= found < 0;
+      if (found >= 0) repeats |= comes_again(seen, entries, found);
+      if (t < p.steps) ghosts |= found < 0, resets |= p.resets_at(t);
     }
-    bool repeats = false;
-    for (int k = i; k < steps; k += kLongTile) {
-      const int32_t mine = seen.place[k];
-      if (mine < 0) continue;
-#pragma unroll 8
-      for (int j = 1; j <= steps / 2; ++j) repeats |= seen.place[k + j] == mine;
-    }
+    int any = 0;  // flags of all of the group
+    if (__syncthreads_or(holes)) any |= kHoles;
+    if (__syncthreads_or(ghosts)) any |= kGhosts;
+    if (__syncthreads_or(resets)) any |= kResets;
     if (__syncthreads_or(repeats)) any |= kRepeats;
     if (i < tiles) flags[row + i] = any;
   }
@@ -66,11 +76,12 @@ __global__ __launch_bounds__(kLongTile) void places_kernel(const Inputs p, Divis
 }  // namespace
 
 void find_places(const Inputs& p, int32_t* place, int32_t* flags, cudaStream_t stream) {
-  const int64_t group = p.plan.pair.pairs > 0 ? p.plan.pair.team : 1;
+  const int64_t group = tiles_of_group(p), steps = group * p.chunk;
   const int64_t groups = (p.tiles + group - 1) / group, tasks = p.tables() * p.routes * groups;
   if (tasks == 0) return;
-  launch("selective_scan_2d places", places_kernel, blocks_for(tasks, 1), kLongTile, 0, stream, p,
-         Divisor(groups), Divisor(p.routes), place, flags, tasks);
+  launch("selective_scan_2d places", places_kernel, blocks_for(tasks, 1),
+         int(std::min<int64_t>(steps, kPlacesThreads)), 0, stream, p, Divisor(groups),
+         Divisor(p.routes), place, flags, tasks);
 }
 
 namespace {
@@ -124,6 +135,27 @@ PairLayout find_pairs(const Problem& p, bool backward, const View<4>& dy, int64_
   return best;
 }
 
+// How many neighbouring steps of delta, B and C can be read at once, if all are of one type and of so few
+// elements that 32 bits count them: 8 or 4. Else 1.
+int steps_at_once(const Problem& p) {
+  auto is_small = [&](const View<4>& x, int64_t rows) {
+    const int64_t last = (p.batch - 1) * x.stride[0] + (p.routes - 1) * x.stride[1] +
+                         (rows - 1) * x.stride[2] + p.steps;
+    return last < int64_t(1) << 31;
+  };
+  if (p.B.dtype != p.delta.dtype || p.C.dtype != p.delta.dtype || !is_small(p.delta, p.rank + 8) ||
+      !is_small(p.B, p.state + 1) || !is_small(p.C, p.state + 1)) {
+    return 1;
+  }
+  for (int count : {8, 4}) {
+    if (p.steps % count == 0 && in_lines(p.delta, count) && in_lines(p.B, count) &&
+        in_lines(p.C, count)) {
+      return count;
+    }
+  }
+  return 1;
+}
+
 }  // namespace
 
 Plan plan(const Problem& p, bool backward, const View<4>& dy, int64_t shared_limit) {
@@ -132,6 +164,7 @@ Plan plan(const Problem& p, bool backward, const View<4>& dy, int64_t shared_lim
   Plan plan{};
   plan.pair = find_pairs(p, backward, dy, shared_limit);
   if (plan.pair.pairs > 0) {
+    plan.pair.at_once = steps_at_once(p);
     plan.channels = plan.pair.channels * plan.pair.pairs;
     plan.blocks = (p.dim + plan.channels - 1) / plan.channels;
     plan.on_chip = plan.fast = plan.together = true;

@@ -459,6 +459,29 @@ void histogram(int) {
   expect(halves.values()[0] == 500, "atomics on floats");
 }
 
+// Numbers find places of their own, each once.
+__global__ void table_kernel(const int* x, int* times, int* entries) {
+  auto& s = block_shared<Bins>();
+  const int t = int(threadIdx.x);
+  if (t < 16) s.count[t] = -1;
+  __syncthreads();  // the table is empty
+  int at = 13, before;
+  while ((before = atomicCAS(&s.count[at % 16], -1, x[t])) != -1 && before != x[t]) ++at;
+  if (before == -1) atomicAdd(&times[x[t]], 1);
+  __syncthreads();  // all are there
+  if (t < 16) entries[t] = s.count[t];
+}
+
+void table(int) {
+  std::vector<int> values(64), want(16);
+  for (int i = 0; i < 64; ++i) want[values[i] = i * i % 12] = 1;
+  DeviceArray<int> x(values), times(16), entries(16);
+  launch("table", table_kernel, 1, 64, 0, nullptr, x.data(), times.data(), entries.data());
+  expect(times.values() == want, "each number finds one place");
+  for (const int entry : entries.values()) want[entry < 0 ? 15 : entry] = 0;
+  expect(want == std::vector<int>(16), "all numbers are there");
+}
+
 // ---- Hopper: on another GPU these kernels are empty, and so are their cases
 
 template <class T>
@@ -642,6 +665,7 @@ const Case cases[] = {
     {"last block", last_block, 5},
     {"chain of blocks", chain, 3},
     {"histogram", histogram},
+    {"table", table},
     {"ring of mbarriers", ring},
     {"stmatrix", stored_matrices},
     {"warpgroup product, rows", [](int) { warpgroup_product(kRows); }},

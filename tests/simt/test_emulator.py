@@ -16,7 +16,7 @@ CONFORMANCE = [
     "vectors in memory",
     "product bf16", "product f16", "product tf32", "ldmatrix", "transpose in a warp",
     "pipeline of warps", "staged copy", "grid barrier", "last block", "chain of blocks",
-    "histogram", "ring of mbarriers", "stmatrix", "warpgroup product, rows",
+    "histogram", "table", "ring of mbarriers", "stmatrix", "warpgroup product, rows",
     "warpgroup product, depth first", "warpgroup product, registers",
 ]  # fmt: skip
 

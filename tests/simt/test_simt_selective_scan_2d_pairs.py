@@ -114,6 +114,42 @@ def test_only_part_of_the_warps_repeat_a_token(place):
     check(place, pairs(along), along)
 
 
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+def test_tokens_that_meet_where_repeats_are_sought(place, twice):
+    """At the end of the table of places.cu: what finds no room there begins at the front."""
+    plane = torch.arange(4000) + torch.arange(4000) // 16 + torch.arange(4000) // 512
+    order = (plane * 2654435769 % 2**32).argsort()
+    index = order[-250:].clone()
+    if twice:
+        index[3] = index[240]
+    along = Routes(4000, index[None])
+    check(place, pairs(along, dim=2), along)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("steps", [8, 196, 252, 260, 264, 516])
+@pytest.mark.parametrize("rank, state", [(6, 1), (9, 3), (17, 2)])
+def test_rows_in_packs(place, dtype, steps, rank, state):
+    """8 and 4 steps at a time, from slices of one tensor; rows past the end of the last tile; more
+    blocks of eight ranks than states, and fewer."""
+    along = Routes(steps, torch.randperm(steps, generator=torch.Generator())[None])
+    inputs = pairs(along, dim=5, dtype=dtype, rank=rank, state=state, batch=2)
+    rows = torch.randn(2, 1, rank + 2 * state, steps, dtype=dtype).split([rank, state, state], 2)
+    for name, x in zip(("delta", "B", "C"), rows, strict=True):
+        inputs[name] = x.requires_grad_()
+    check(place, inputs, along)
+
+
+def test_gradients_of_rows_in_packs(place):
+    along = Routes(520, torch.randperm(520, generator=torch.Generator())[None])
+    for steps_first in (0, 4):  # aligned to 16 bytes and to 8
+        inputs = pairs(along, dim=5, rank=9, batch=2, absent=("z",))
+        for name in ("delta", "B", "C"):
+            x = torch.randn(2, 1, inputs[name].shape[2], 528, dtype=torch.bfloat16)
+            inputs[name] = x[..., steps_first : steps_first + 520].requires_grad_()
+        check_gradients(place, inputs, along)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (15, 17), (20, 26)], ids=str)
 def test_gradients(place, dtype, shape):
