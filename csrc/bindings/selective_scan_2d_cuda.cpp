@@ -72,6 +72,12 @@ Memory prepare(const RoutedOperands& x, bool backward, const OptionalTensor& dy,
     memory.push_back(empty(x.u, {p.plan.plane_elements}, scalar_type(p.compute)));
     p.planes = memory.back().data_ptr();
   }
+  if (p.plan.pair.channels == 4 && p.D) {
+    const int64_t visits = p.tables() * p.routes * p.tokens;
+    memory.push_back(zeros(x.u, {visits + 1}, ScalarType::Int));
+    p.visits = static_cast<int32_t*>(memory.back().data_ptr());
+    p.visited_otherwise = p.visits + visits;
+  }
   cuda::find_places(p, place, flags, stream);
   return memory;
 }

@@ -111,8 +111,8 @@ __device__ __forceinline__ void walk_tile(const BwdParams& p, const PairMemory& 
   const float h_first = __ldg(static_cast<const float*>(p.chunk_states) + row * p.dim + channel);
   int at[OfPair::kItems];
   PairItems delta, slope, u, dy;
-  const auto bias = several<2>(table[kItemBias * 2]);
-  multiply_ranks<2>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight), bias, delta);
+  multiply_ranks<2>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight),
+                    FirstSums<2>(table + kItemBias * 2), delta);
   load_steps(memory, tile.rows + layout.place, me, at);
   find_pair_step_sizes(p.delta_softplus, tile.flags, at, delta, slope);
   gather_numbers(memory, me.words, tile.flags, p.u.dtype, at, u);
@@ -190,7 +190,7 @@ __device__ __forceinline__ void write_team_sums(const BwdParams& p, const PairMe
 __device__ __forceinline__ void walk_routes(const BwdParams& p, const PairMemory& memory) {
   const Member me(memory);
   const bool there = me.pair * 2 < memory.now().task.channels;
-  const int rounds = rounds_of(p), tiles = int(p.tiles);
+  const int rounds = p.plan.pair.rounds, tiles = int(p.tiles);
   int number = 0;
   __syncthreads();  // words, sums and the first round are in place
 #pragma unroll 1

@@ -19,7 +19,9 @@ inline constexpr int kShortTile = 64, kLongTile = 256;
 constexpr int pair_warps(bool backward, int channels) {
   return backward ? 6 : channels == 4 ? 14 : 12;
 }
-constexpr int pair_helpers(bool backward, int channels) { return backward || channels == 4 ? 2 : 4; }
+constexpr int pair_helpers(bool backward, int channels) {
+  return backward || channels == 4 ? 2 : 4;
+}
 template <bool kBackward, int kChannels>
 inline constexpr int kPairThreads =
     32 * (pair_warps(kBackward, kChannels) + pair_helpers(kBackward, kChannels));
@@ -38,19 +40,21 @@ enum TileFlag : int32_t {
 // How a block that goes along routes with pairs of channels, or quads, lies in shared memory, see
 // pairs.cuh.
 struct PairLayout {
-  int pairs;                   // of a block; 0: a kernel without pairs
-  int channels;                // of a lane: 2, or of quads 4
-  int team;                    // warps that walk neighbouring tiles of a pair side by side
-  int helpers;                 // warps without channels
+  int pairs;                       // of a block; 0: a kernel without pairs
+  int channels;                    // of a lane: 2, or of quads 4
+  int team;                        // warps that walk neighbouring tiles of a pair side by side
+  int rounds;                      // of a route
+  int helpers;                     // warps without channels
   int buffer_tiles, buffers_log2;  // tiles of a buffer of rows; buffers, which take turns
-  int route_mask;              // tables of that many routes and one more are kept
-  int rank_blocks, dt_blocks;  // of eight: of ranks; of rows in shared memory
-  int items;                   // of a pair's table
-  int pitch;                   // tokens of a plane, with spare ones in between
-  int spare_after[2];          // spare tokens of a plane: one after every 2^n
-  int at_once;                 // neighbouring steps of delta, B, C that can be read at once: 8, 4, 1
-  int B, C, place, buffer;     // bytes: where they are in a buffer of rows, and how large that is
+  int route_mask;                  // tables of that many routes and one more are kept
+  int rank_blocks, dt_blocks;      // of eight: of ranks; of rows in shared memory
+  int items;                       // of a pair's table
+  int pitch;                       // tokens of a plane, with spare ones in between
+  int spare_after[2];              // spare tokens of a plane: one after every 2^n
+  int at_once;              // neighbouring steps of delta, B, C that can be read at once: 8, 4, 1
+  int B, C, place, buffer;  // bytes: where they are in a buffer of rows, and how large that is
   int buffers, weight, table, map, words, sums;  // bytes: where they are
+  int map_turn;                                  // bytes: of the maps of all teams
   // Of the backward: words of dy, shares of dB and dC, ddelta, sums of each team and of each helper.
   int dy, shares, ddelta, team_sums, helper_sums;
   int64_t bytes;  // of all
@@ -101,6 +105,9 @@ struct Parts {
 struct Inputs : Problem {
   const int32_t* place;  // (batch or 1, route, tile, chunk)
   const int32_t* flags;  // (batch or 1, route, tile)
+  // Of quads with D: visits of a token by a route (batch or 1, route, token), and whether any of them is
+  // not 1. Else null.
+  int32_t *visits, *visited_otherwise;
   bool place_per_batch;
   int64_t tiles;  // of a route
   Plan plan;
@@ -143,7 +150,7 @@ Parts plan_parts(const Problem& p, bool backward, const Plan& whole, int64_t sha
 // Fills Parts::repeats, which are zeros as `visits` (batch or 1, route, token) are.
 void find_repeats(const Inputs& p, int32_t* visits, cudaStream_t stream);
 
-// Fills Inputs::place and flags. Entries of the table that are no tokens become ghosts (but -2 a
+// Fills Inputs::place, flags and visits, which begin as zeros. Entries of the table that are no tokens become ghosts (but -2 a
 // skip): whatever the table holds, no kernel leaves a tensor.
 void find_places(const Inputs& p, int32_t* place, int32_t* flags, cudaStream_t stream);
 

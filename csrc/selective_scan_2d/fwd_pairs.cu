@@ -81,8 +81,8 @@ __device__ __forceinline__ void walk_tile(const FwdParams& p, const PairMemory& 
   auto* table = memory.get<float>(tile.table);
   int at[OfPair::kItems];
   PairItems delta, delta_u, y, slope;
-  const auto bias = several<2>(table[kItemBias * 2]);
-  multiply_ranks<2>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight), bias, delta);
+  multiply_ranks<2>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight),
+                    FirstSums<2>(table + kItemBias * 2), delta);
   load_steps(memory, tile.rows + memory.at.place, me, at);
   find_pair_step_sizes(p.delta_softplus, tile.flags, at, delta, slope);
   gather_numbers(memory, me.words, tile.flags, p.u.dtype, at, y);
@@ -111,7 +111,7 @@ __device__ __forceinline__ void walk_tile(const FwdParams& p, const PairMemory& 
 __device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory& memory) {
   const Member me(memory);
   const bool there = me.pair * 2 < memory.now().task.channels;
-  const int rounds = rounds_of(p), tiles = int(p.tiles);
+  const int rounds = p.plan.pair.rounds, tiles = int(p.tiles);
   int round = 0;
   __syncthreads();  // words, sums and the first round are in place
 #pragma unroll 1

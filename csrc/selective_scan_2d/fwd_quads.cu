@@ -26,25 +26,22 @@ __device__ __forceinline__ unsigned turn_of_buffer(const PairLayout& at, int num
   return unsigned(number) >> at.buffers_log2;
 }
 
-// A lane's steps from a state of 0, of each channel: y + slope h is what comes out of state h.
+// From before a lane's first step to after each of them, of each channel: a state h becomes a h + b.
 struct Walked {
-  Items y, slope;
-  Map map[kQuad];
+  Items a, b;
 };
 
 template <class T>
 __device__ __forceinline__ void walk(const WordsOf<kQuad>& words, const float (&B)[OfPair::kItems],
-                                     const float (&C)[OfPair::kItems], const Numbers& A,
-                                     const Numbers& D, const Items& delta, Walked& x) {
+                                     const Numbers& A, const Items& delta, Walked& x) {
 #pragma unroll
   for (int j = 0; j < OfPair::kItems; ++j) {
 #pragma unroll
     for (int c = 0; c < kQuad; ++c) {
       const float u = half_of_word<T>(words[j].x[c / 2], c % 2), a = decay(delta[c][j], A.x[c]);
-      x.map[c].b = a * x.map[c].b + delta[c][j] * u * B[j];
-      x.map[c].a *= a;
-      x.y[c][j] = C[j] * x.map[c].b + D.x[c] * u;
-      x.slope[c][j] = C[j] * x.map[c].a;
+      const float b = delta[c][j] * u * B[j];
+      x.b[c][j] = j == 0 ? b : a * x.b[c][j - 1] + b;
+      x.a[c][j] = j == 0 ? a : a * x.a[c][j - 1];
     }
   }
 }
@@ -71,12 +68,12 @@ __device__ __forceinline__ void store_states(const FwdParams& p, const PairMemor
 __device__ __forceinline__ float enter_tile(const FwdParams& p, const PairMemory& memory,
                                             const Member& me, const PairTile& tile,
                                             const ChannelScan<kQuad, false>& scan) {
-  const int maps = maps_of_turn(memory, me, tile.turn), size = kQuad * 8;
+  const int maps = me.map + tile.turn * memory.at.map_turn, size = kQuad * 8;
   if (scan.is_last()) put_map(memory, me, maps, scan.all);
   me.wait_for_team(memory.at);  // the maps of all are there
   // h in turns: others may still read what the last one leaves for the next round.
   auto* table = memory.get<float>(tile.table) + (kItemStates * kQuad + me.lane % kQuad);
-  auto h_at = [&](int turn) -> float& { return table[(kItemH + (turn & 1)) * kQuad]; };
+  auto h_at = [&](int turn) -> float& { return table[(kItemH + turn) * kQuad]; };
   float h = h_at(tile.turn);
 #pragma unroll
   for (int k = 0; k + 1 < kMaxTeam; ++k) {
@@ -85,7 +82,7 @@ __device__ __forceinline__ float enter_tile(const FwdParams& p, const PairMemory
     h = map.x[0] * h + map.x[1];
   }
   const float end = scan.all.a * h + scan.all.b;
-  if (tile.last && scan.is_last()) h_at(tile.turn + 1) = end;
+  if (tile.last && scan.is_last()) h_at(tile.turn ^ 1) = end;
   store_states(p, memory, me, tile, h, end);
   return h;
 }
@@ -94,11 +91,10 @@ __device__ __forceinline__ void walk_tile(const FwdParams& p, const PairMemory& 
                                           const Member& me, const PairTile& tile,
                                           uint64_t* has_read) {
   auto* table = memory.get<float>(tile.table);
-  auto item = [&](int i) -> const Numbers& { return several<kQuad>(table[i * kQuad]); };
   int at[OfPair::kItems];
   Items delta;
-  multiply_ranks<kQuad>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight), item(kItemBias),
-                        delta);
+  multiply_ranks<kQuad>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight),
+                        FirstSums<kQuad>(table + kItemBias * kQuad), delta);
   load_steps(memory, tile.rows + memory.at.place, me, at);
   if (tile.flags & kHoles) {
     const float none = p.delta_softplus ? -INFINITY : 0.0f;
@@ -127,39 +123,96 @@ __device__ __forceinline__ void walk_tile(const FwdParams& p, const PairMemory& 
   if (me.lane == 0) ptx::mbarrier_arrive(has_read);
   Walked x;
   with_half_type(p.u.dtype, [&](auto type) {
-    walk<decltype(type)>(words, B, C, item(kItemStates + kItemA), item(kItemD), delta, x);
+    walk<decltype(type)>(words, B, several<kQuad>(table[(kItemStates + kItemA) * kQuad]), delta, x);
   });
-  const ChannelScan<kQuad, false> scan(me.lane, x.map);
+  Map map[kQuad];
+#pragma unroll
+  for (int c = 0; c < kQuad; ++c) map[c] = {x.a[c][OfPair::kItems - 1], x.b[c][OfPair::kItems - 1]};
+  const ChannelScan<kQuad, false> scan(me.lane, map);
   float h[kQuad];
   scan.enter(enter_tile(p, memory, me, tile, scan), h);
-  const Numbers weight = item(kItemWeight);
-  add_to_sums<kQuad>(memory, tile.flags, at, me, [&](float sum, int j, int c) {
-    return sum + weight.x[c] * (x.y[c][j] + x.slope[c][j] * h[c]);
-  });
+  if (p.weights) {
+    const Numbers weight = several<kQuad>(table[kItemWeight * kQuad]);
+    add_to_sums<kQuad>(memory, tile.flags, at, me, [&](float sum, int j, int c) {
+      return sum + weight.x[c] * C[j] * (x.b[c][j] + x.a[c][j] * h[c]);
+    });
+  } else {
+    add_to_sums<kQuad>(memory, tile.flags, at, me, [&](float sum, int j, int c) {
+      return sum + C[j] * (x.b[c][j] + x.a[c][j] * h[c]);
+    });
+  }
+}
+
+// y += w D u for every visit: of each route one, if all of them go to each token once.
+__device__ __forceinline__ void add_skips(const FwdParams& p, const PairMemory& memory) {
+  const PairLayout& layout = memory.at;
+  const int routes = int(p.routes), tokens = int(p.tokens);
+  const Task& task = memory.now().task;
+  const int64_t first = (p.place_per_batch ? task.b : 0) * p.routes * p.tokens;
+  const bool once = *p.visited_otherwise == 0;
+#pragma unroll 1
+  for (int quad = 0; quad * kQuad < task.channels; ++quad) {
+    auto add = [&](int route, float times, Numbers& sum) {
+      const float* table = memory.get<float>(memory.table(route, quad));
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        sum.x[c] += times * table[kItemWeight * kQuad + c] * table[kItemD * kQuad + c];
+      }
+    };
+    Numbers all{};
+#pragma unroll 1
+    for (int route = 0; route < routes; ++route) add(route, 1, all);
+    const auto* words = memory.get<Several<uint32_t, 2>>(memory.words(quad));
+    auto* sums = memory.get<Numbers>(memory.sums(quad));
+#pragma unroll 1
+    for (int token = ptx::opaque(int(threadIdx.x)); token < tokens; token += int(blockDim.x)) {
+      Numbers D = all;
+      if (!once) {
+        D = {};
+        int visits = 0;
+#pragma unroll 1
+        for (int route = 0; route < routes; ++route) {
+          const int times = __ldg(p.visits + first + int64_t(route) * tokens + token);
+          visits += times;
+          add(route, float(times), D);
+        }
+        if (visits == 0) continue;  // whatever u is
+      }
+      const int at = layout.position(token);
+      const auto word = words[at];
+      Numbers sum = sums[at];
+      with_half_type(p.u.dtype, [&](auto type) {
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) {
+          sum.x[c] += D.x[c] * half_of_word<decltype(type)>(word.x[c / 2], c % 2);
+        }
+      });
+      sums[at] = sum;
+    }
+  }
 }
 
 __device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory& memory) {
   const PairLayout& layout = memory.at;
   const Member me(memory);
-  const int rounds = rounds_of(p), tiles = int(p.tiles);
+  const int tiles = int(p.tiles);
   if (me.pair * kQuad >= memory.now().task.channels) return;
   PairNow& now = memory.now();
   ptx::mbarrier_wait(&now.tables, 0);
-  int turn = 0;  // rounds before, of all routes
 #pragma unroll 1
   for (int route = 0; route < int(p.routes); ++route) {
     const int table = ptx::opaque(memory.table(route, me.pair));
     const int weight = ptx::opaque(memory.weight(route, me.pair));
 #pragma unroll 1
-    for (int round = 0; round < rounds; ++round, ++turn) {
+    for (int round = 0; round < layout.rounds; ++round) {
       const int first = round * layout.team, tile = first + me.i;
       if (tile < tiles) {
         const int number = route * tiles + tile, buffer = memory.buffer(number);
         ptx::mbarrier_wait(&now.full[buffer], turn_of_buffer(layout, number) & 1);
         walk_tile(
             p, memory, me,
-            {route, tile, memory.flags(number), turn, me.i + 1 == layout.team || tile + 1 == tiles,
-             memory.rows(number), table, weight},
+            {route, tile, memory.flags(number), route * layout.rounds + round & 1,
+             me.i + 1 == layout.team || tile + 1 == tiles, memory.rows(number), table, weight},
             &now.free[buffer]);
       } else {
         me.wait_for_team(layout);
@@ -233,6 +286,10 @@ __global__ __launch_bounds__(kPairThreads<false, kQuad>,
     walk_routes(p, memory);
   }
   __syncthreads();  // all routes have been walked
+  if (p.D) {
+    add_skips(p, memory);
+    __syncthreads();  // all terms have been added
+  }
   const PairSums<kQuad> y(memory);
   if (p.z) {
     read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSilu, y);

@@ -192,7 +192,7 @@ __device__ __forceinline__ void stage_tables(const Inputs& p, const PairMemory& 
         memory.table(route, c / at.channels))[item * at.channels + c % at.channels];
   };
   // Weights by all, the rest from the last thread on: loads of both are on their way together.
-#pragma unroll 2
+#pragma unroll 1
   for (int i = thread; i < routes * channels * ranks; i += threads) {
     const int outer = i / ranks, r = i % ranks, route = first + outer / channels,
               c = outer % channels;
@@ -270,7 +270,7 @@ __device__ __forceinline__ void stage_round(const Inputs& p, const PairMemory& m
 template <class F>
 __device__ __forceinline__ void stage_routes(const Inputs& p, const PairMemory& memory,
                                              const View<4>& start, bool backward, F&& end_round) {
-  const int rounds = rounds_of(p), all = rounds * int(p.routes);
+  const int rounds = p.plan.pair.rounds, all = rounds * int(p.routes);
   auto at = [&](int route, int i) {
     return round_at(p, memory.now().task.b, route, backward ? rounds - 1 - i : i);
   };

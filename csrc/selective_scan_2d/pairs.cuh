@@ -73,6 +73,7 @@ inline PairLayout pair_layout(const Problem& p, bool backward, int channels, int
   };
   x.pairs = pairs, x.channels = channels, x.team = team,
   x.helpers = pair_helpers(backward, channels);
+  x.rounds = int((p.chunks() + team - 1) / team);
   x.buffer_tiles = channels == 4 ? 1 : team, x.buffers_log2 = buffers_log2;
   x.route_mask = channels == 4 ? -1 : 1;
   find_spare_tokens(p, x);
@@ -88,7 +89,7 @@ inline PairLayout pair_layout(const Problem& p, bool backward, int channels, int
   x.buffers = take(int64_t(x.buffer) << buffers_log2);
   x.weight = take(tables * pairs * x.rank_blocks * 32 * channels);
   x.table = take(tables * pairs * x.items * 4 * channels);
-  x.map = take(2 * pairs * team * 8 * channels);
+  x.map = take(2 * pairs * team * 8 * channels), x.map_turn = pairs * team * 8 * channels;
   x.words = take(int64_t(pairs) * x.pitch * 2 * channels);
   x.sums = take(int64_t(pairs) * x.pitch * 4 * channels);
   if (backward) {
@@ -195,10 +196,6 @@ __device__ __forceinline__ Round tiles_at(const Inputs& p, int64_t b, int route,
 __device__ __forceinline__ Round round_at(const Inputs& p, int64_t b, int route, int i) {
   return tiles_at(p, b, route, i * p.plan.pair.team, p.plan.pair.team);
 }
-__device__ __forceinline__ int rounds_of(const Inputs& p) {
-  return (int(p.tiles) + p.plan.pair.team - 1) / p.plan.pair.team;
-}
-
 // Where the eight ranks of step t are: both the rows that a load of four matrices brings (32 steps
 // apart) and those that neighbouring threads store (8 steps apart) lie in different banks.
 __device__ __forceinline__ int dt_unit(int t) { return t ^ ((t >> 5 ^ (t >> 3 & 3) * 2) & 7); }
@@ -323,7 +320,7 @@ __device__ __forceinline__ void add_to_sums(const PairMemory& memory, int flags,
   } else if (flags & kHoles) {
     add_where_token();
   } else {
-    constexpr int kSome = 8 / kChannels * 2;  // on their way at once
+    constexpr int kSome = 8 / kChannels;  // on their way at once
 #pragma unroll
     for (int i = 0; i < OfPair::kItems; i += kSome) {
       Sum sum[kSome];
@@ -335,6 +332,22 @@ __device__ __forceinline__ void add_to_sums(const PairMemory& memory, int flags,
   }
 }
 
+// The sums that the product below begins with, of two channels at a time: bias, of a step and the next one.
+template <int kChannels>
+struct FirstSums {
+  float sum[kChannels / 2][4];
+
+  __device__ __forceinline__ explicit FirstSums(const float* bias) {
+    const uint32_t none[4] = {};
+#pragma unroll
+    for (int i = 0; i < kChannels / 2; ++i) {
+      const float b0 = bias[2 * i], b1 = bias[2 * i + 1], twice[4] = {b0, b1, b0, b1};
+      // From a product, so that they lie in registers as products take them, without copies for each.
+      ptx::mma_16x8x16_bf16(sum[i], none, {none[0], none[1]}, twice);
+    }
+  }
+};
+
 // delta of all channels before softplus, bias included. The steps of a lane fall to it by themselves:
 //
 //   rows:    lanes' groups g = 0 .. 7, of a step and of the next one
@@ -345,15 +358,15 @@ __device__ __forceinline__ void add_to_sums(const PairMemory& memory, int flags,
 template <int kChannels>
 __device__ __forceinline__ void multiply_ranks(const PairMemory& memory, const Member& me, int rows,
                                                const uint32_t* weight,
-                                               const Several<float, kChannels>& bias,
+                                               const FirstSums<kChannels>& first,
                                                ItemsOf<kChannels>& x) {
   constexpr int kTwos = kChannels / 2, kPairsOfSteps = OfPair::kItems / 2;
   const PairLayout& at = memory.at;
   float sum[kTwos][kPairsOfSteps][4];
-  const int column = me.lane / 4, mine = column / 2;
-  weight += column % 2 * 4 + me.lane % 4;
+  const int mine = me.lane / 8;
+  weight += me.lane / 4 % 2 * 4 + me.lane % 4;
   rows += me.dt;
-  auto multiply = [&](int k, bool first) {
+  auto multiply = [&](int k, bool begins) {
     uint32_t w[kTwos][2];
 #pragma unroll
     for (int i = 0; i < kTwos; ++i) {
@@ -373,13 +386,8 @@ __device__ __forceinline__ void multiply_ranks(const PairMemory& memory, const M
         ptx::ldmatrix_x4(a, memory.get<char>((rows ^ (2 * q ^ 4 * half) * 16) + 256 * half));
 #pragma unroll
         for (int i = 0; i < kTwos; ++i) {
-          if (first && half == 0) {
-            const float of_two[4] = {bias.x[2 * i], bias.x[2 * i + 1], bias.x[2 * i],
-                                     bias.x[2 * i + 1]};
-            ptx::mma_16x8x16_bf16(sum[i][q], a, b[i][0], of_two);
-          } else {
-            ptx::mma_16x8x16_bf16(sum[i][q], a, b[i][0]);
-          }
+          begins&& half == 0 ? ptx::mma_16x8x16_bf16(sum[i][q], a, b[i][0], first.sum[i])
+                             : ptx::mma_16x8x16_bf16(sum[i][q], a, b[i][0]);
           ptx::mma_16x8x16_bf16(sum[i][q], a, b[i][1]);
         }
       }
@@ -447,7 +455,7 @@ struct PairTile {
 
 // Bytes: where the maps of a team's tiles are; a turn is over for all when the next one's are there.
 __device__ __forceinline__ int maps_of_turn(const PairMemory& memory, const Member& me, int turn) {
-  return me.map + (turn & 1) * memory.at.pairs * memory.at.team * memory.at.channels * 8;
+  return me.map + (turn & 1) * memory.at.map_turn;
 }
 // The member's, of the lane's channel.
 __device__ __forceinline__ void put_map(const PairMemory& memory, const Member& me, int maps,

@@ -33,10 +33,7 @@ __device__ __forceinline__ bool comes_again(Seen& seen, int entries, int32_t pla
   }
 }
 
-__device__ __forceinline__ int32_t find_place(const Inputs& p, int64_t table, int64_t route,
-                                              int64_t t) {
-  if (t >= p.steps) return kSkip;
-  const int token = token_at(p, table, route, t);
+__device__ __forceinline__ int32_t place_of(const Inputs& p, int token) {
   if (token < 0) return token;
   return p.plan.pair.pairs > 0 ? p.plan.pair.position(token) : in_plane(token);
 }
@@ -56,13 +53,18 @@ __global__ __launch_bounds__(kPlacesThreads) void places_kernel(const Inputs p, 
     for (int k = i; k < entries; k += int(blockDim.x)) seen.place[k] = kSkip;
     __syncthreads();  // the table is empty
     bool holes = false, ghosts = false, resets = false, repeats = false;
+    bool otherwise = p.steps != p.tokens;  // with as many steps as tokens none is left out, then
     for (int k = i; k < tiles * chunk; k += int(blockDim.x)) {
       const int64_t t = first * chunk + k;
-      const int32_t found = find_place(p, table, route, t);
+      const int token = t < p.steps ? token_at(p, table, route, t) : int(kSkip);
+      const int32_t found = place_of(p, token);
       place[row * chunk + k] = found;
       holes |= found < 0;
       if (found >= 0) repeats |= comes_again(seen, entries, found);
       if (t < p.steps) ghosts |= found < 0, resets |= p.resets_at(t);
+      if (p.visits != nullptr && token >= 0) {
+        otherwise |= atomicAdd(p.visits + (table * p.routes + route) * p.tokens + token, 1) > 0;
+      }
     }
     int any = 0;  // flags of all of the group
     if (__syncthreads_or(holes)) any |= kHoles;
@@ -70,6 +72,9 @@ __global__ __launch_bounds__(kPlacesThreads) void places_kernel(const Inputs p, 
     if (__syncthreads_or(resets)) any |= kResets;
     if (__syncthreads_or(repeats)) any |= kRepeats;
     if (i < tiles) flags[row + i] = any;
+    if (p.visits != nullptr && __syncthreads_or(otherwise || ghosts) && i == 0) {
+      atomicOr(p.visited_otherwise, 1);
+    }
   }
 }
 

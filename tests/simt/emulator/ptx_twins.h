@@ -79,11 +79,8 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity, SIMT_LOC);
 // ---- tensor cores (tensor_cores.cpp)
 
 void mma_16x8x16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_LOC);
-inline void mma_16x8x16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             const float (&c)[4], SIMT_LOC) {
-  std::copy(c, c + 4, d);
-  mma_16x8x16_bf16(d, a, b, loc);
-}
+void mma_16x8x16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                      const float (&c)[4], SIMT_LOC);
 void mma_16x8x16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_LOC);
 void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_LOC);
 uint32_t to_tf32(float x);

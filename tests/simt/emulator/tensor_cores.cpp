@@ -97,6 +97,11 @@ void mma_16x8x16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
   Fragments f{d, a, b};
   simt::warp_collective(&multiply_16_bit<BFloat16>, "mma bf16", ~0u, &f, loc);
 }
+void mma_16x8x16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                      const float (&c)[4], simt::Loc loc) {
+  std::copy(c, c + 4, d);
+  mma_16x8x16_bf16(d, a, b, loc);
+}
 void mma_16x8x16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], simt::Loc loc) {
   Fragments f{d, a, b};
   simt::warp_collective(&multiply_16_bit<Half>, "mma f16", ~0u, &f, loc);
