@@ -338,6 +338,34 @@ void staged_copy(int) {
   }
 }
 
+struct RaggedRows {
+  alignas(16) SharedArray<uint16_t, 9 * 8> element;
+};
+
+// Row l has its first l of 8 elements; the rest of what was there becomes zero.
+__global__ void ragged_copy_kernel(const uint16_t* x, uint16_t* y) {
+  auto& s = block_shared<RaggedRows>();
+  const int l = int(threadIdx.x);
+  for (int i = l; i < 9 * 8; i += 32) s.element[i] = 0xffff;
+  __syncwarp();
+  if (l < 9) ptx::cp_async_16(&s.element[8 * l], x + 8 * l, 2 * l);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  __syncwarp();
+  for (int i = l; i < 9 * 8; i += 32) y[i] = s.element[i];
+}
+
+void ragged_copy(int) {
+  std::vector<uint16_t> values(9 * 8);
+  for (int i = 0; i < 9 * 8; ++i) values[i] = uint16_t(i + 1);
+  DeviceArray<uint16_t> x(values), y(9 * 8);
+  launch("ragged copy", ragged_copy_kernel, 1, 32, 0, nullptr, x.data(), y.data());
+  const std::vector<uint16_t> got = y.values();
+  for (int i = 0; i < 9 * 8; ++i) {
+    expect(got[i] == (i % 8 < i / 8 ? i + 1 : 0), "a part of what cp.async could copy");
+  }
+}
+
 // ---- between blocks
 
 // All blocks meet after each round; all of them have to be resident.
@@ -661,6 +689,7 @@ const Case cases[] = {
     {"transpose in a warp", transpose},
     {"pipeline of warps", pipeline},
     {"staged copy", staged_copy},
+    {"ragged copy", ragged_copy},
     {"grid barrier", grid_barrier, 12},
     {"last block", last_block, 5},
     {"chain of blocks", chain, 3},
