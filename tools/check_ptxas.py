@@ -106,6 +106,8 @@ def compile_one(source, arch, folder):
         for entry, count in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx.read_text())
     }
     report = run(ptxas(), "-v", f"-arch=sm_{arch}", str(ptx), "-o", str(ptx.with_suffix(".cubin")))
+    if "'setmaxnreg' ignored" in report:
+        sys.exit(f"{source} for sm_{arch}: ptxas ignores setmaxnreg, and with it the kernel's plan")
     return parse(report, threads, source, arch)
 
 

@@ -228,7 +228,8 @@ __device__ __forceinline__ bool rows_are_whole(const Sequences& s, int64_t b, in
   }
   if (!s.offsets) return true;
   if (from < run.begin || from >= run.end) run = run_at(s, b, from, 0, false);
-  return from - kReach >= run.begin && from + kSteps + kReach <= run.end;
+  // Where offsets make no sense runs overlap, and lanes may have different ones.
+  return __all_sync(kAllLanes, from - kReach >= run.begin && from + kSteps + kReach <= run.end);
 }
 
 // Warp: a piece of one channel, p.steps long. Grid over (batch, piece, channel).

@@ -16,6 +16,9 @@ struct alignas(sizeof(R) * (kCount < 4 ? kCount : 4)) Several {
 };
 template <int kCount, class R>
 __device__ __forceinline__ Several<R, kCount>& several(R& first) {
+#if defined(STATESCAN_SIMT)
+  simt::check_aligned(&first, alignof(Several<R, kCount>));
+#endif
   return reinterpret_cast<Several<R, kCount>&>(first);
 }
 

@@ -209,6 +209,7 @@ __device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory
       if (tile < tiles) {
         const int number = route * tiles + tile, buffer = memory.buffer(number);
         ptx::mbarrier_wait(&now.full[buffer], turn_of_buffer(layout, number) & 1);
+        __syncwarp();  // lanes that waited apart go on together: products are of whole warps
         walk_tile(
             p, memory, me,
             {route, tile, memory.flags(number), route * layout.rounds + round & 1,

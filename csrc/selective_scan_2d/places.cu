@@ -132,6 +132,9 @@ PairLayout find_pairs(const Problem& p, bool backward, const View<4>& dy, int64_
            ++team) {
         if (dealt * team < std::min<int64_t>(4, all)) continue;
         for (int log2 = channels == 4 ? 3 : 1; log2 > 0; --log2) {
+          // Each tile of a round has a buffer of its own: by its parity, the second use of one that a
+          // team waits for cannot be told from that before the first.
+          if (channels == 4 && 1 << log2 < team) break;
           consider(pair_layout(p, backward, channels, dealt, team, log2));
         }
       }

@@ -338,6 +338,74 @@ void staged_copy(int) {
   }
 }
 
+struct RaggedRows {
+  alignas(16) SharedArray<uint16_t, 9 * 8> element;
+};
+
+// Row l has its first l of 8 elements; the rest of what was there becomes zero.
+__global__ void ragged_copy_kernel(const uint16_t* x, uint16_t* y) {
+  auto& s = block_shared<RaggedRows>();
+  const int l = int(threadIdx.x);
+  for (int i = l; i < 9 * 8; i += 32) s.element[i] = 0xffff;
+  __syncwarp();
+  if (l < 9) ptx::cp_async_16(&s.element[8 * l], x + 8 * l, 2 * l);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  __syncwarp();
+  for (int i = l; i < 9 * 8; i += 32) y[i] = s.element[i];
+}
+
+void ragged_copy(int) {
+  std::vector<uint16_t> values(9 * 8);
+  for (int i = 0; i < 9 * 8; ++i) values[i] = uint16_t(i + 1);
+  DeviceArray<uint16_t> x(values), y(9 * 8);
+  launch("ragged copy", ragged_copy_kernel, 1, 32, 0, nullptr, x.data(), y.data());
+  const std::vector<uint16_t> got = y.values();
+  for (int i = 0; i < 9 * 8; ++i) {
+    expect(got[i] == (i % 8 < i / 8 ? i + 1 : 0), "a part of what cp.async could copy");
+  }
+}
+
+struct Ring {
+  uint64_t full[2], free[2];
+  alignas(16) SharedArray<int, 2 * 64> slot;
+};
+
+// Warp 2 copies, warps 0 and 1 add up: a slot is full or free when the phase of its mbarrier is over.
+__global__ void ring_kernel(const int* x, int* out, int rounds) {
+  auto& s = block_shared<Ring>();
+  const int t = int(threadIdx.x);
+  if (t < 2) ptx::mbarrier_init(&s.full[t], 32), ptx::mbarrier_init(&s.free[t], 2);
+  __syncthreads();  // the barriers are there
+  if (t >= 64) {
+    for (int i = 0; i < rounds; ++i) {
+      ptx::mbarrier_wait(&s.free[i % 2], unsigned(i / 2 + 1) % 2);
+      if (t < 80) ptx::cp_async_16(&s.slot[i % 2 * 64 + (t - 64) * 4], x + i * 64 + (t - 64) * 4);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
+      ptx::mbarrier_arrive(&s.full[i % 2]);
+    }
+    return;
+  }
+  int sum = 0;
+  for (int i = 0; i < rounds; ++i) {
+    ptx::mbarrier_wait(&s.full[i % 2], unsigned(i / 2) % 2);
+    sum += s.slot[i % 2 * 64 + 63 - t];
+    __syncwarp();  // the slot has been read
+    if (t % 32 == 0) ptx::mbarrier_arrive(&s.free[i % 2]);
+  }
+  out[t] = sum;
+}
+
+void ring(int) {
+  std::vector<int> values(7 * 64);
+  for (int i = 0; i < 7 * 64; ++i) values[i] = i / 64 * 100 + i % 64;
+  DeviceArray<int> x(values), out(64);
+  launch("ring", ring_kernel, 1, 96, 0, nullptr, x.data(), out.data(), 7);
+  const std::vector<int> got = out.values();
+  for (int t = 0; t < 64; ++t) expect(got[t] == 2100 + 7 * (63 - t), "what came by the ring");
+}
+
 // ---- between blocks
 
 // All blocks meet after each round; all of them have to be resident.
@@ -495,50 +563,6 @@ bool is_hopper() {
   return out.values()[0] != 0;
 }
 
-struct Ring {
-  uint64_t full[2], free[2];
-  alignas(16) SharedArray<int, 2 * 64> slot;
-};
-
-// Warp 2 copies, warps 0 and 1 add up: a slot is full or free when the phase of its mbarrier is over.
-template <class T>
-__global__ void ring_kernel(const T* x, T* out, int rounds) {
-  if constexpr (ptx::kHopper) {
-    auto& s = block_shared<Ring>();
-    const int t = int(threadIdx.x);
-    if (t < 2) ptx::mbarrier_init(&s.full[t], 32), ptx::mbarrier_init(&s.free[t], 2);
-    __syncthreads();  // the barriers are there
-    if (t >= 64) {
-      for (int i = 0; i < rounds; ++i) {
-        ptx::mbarrier_wait(&s.free[i % 2], unsigned(i / 2 + 1) % 2);
-        if (t < 80) ptx::cp_async_16(&s.slot[i % 2 * 64 + (t - 64) * 4], x + i * 64 + (t - 64) * 4);
-        ptx::cp_async_commit();
-        ptx::cp_async_wait<0>();
-        ptx::mbarrier_arrive(&s.full[i % 2]);
-      }
-      return;
-    }
-    T sum = 0;
-    for (int i = 0; i < rounds; ++i) {
-      ptx::mbarrier_wait(&s.full[i % 2], unsigned(i / 2) % 2);
-      sum += s.slot[i % 2 * 64 + 63 - t];
-      __syncwarp();  // the slot has been read
-      if (t % 32 == 0) ptx::mbarrier_arrive(&s.free[i % 2]);
-    }
-    out[t] = sum;
-  }
-}
-
-void ring(int) {
-  if (!is_hopper()) return;
-  std::vector<int> values(7 * 64);
-  for (int i = 0; i < 7 * 64; ++i) values[i] = i / 64 * 100 + i % 64;
-  DeviceArray<int> x(values), out(64);
-  launch("ring", ring_kernel<int>, 1, 96, 0, nullptr, x.data(), out.data(), 7);
-  const std::vector<int> got = out.values();
-  for (int t = 0; t < 64; ++t) expect(got[t] == 2100 + 7 * (63 - t), "what came by the ring");
-}
-
 struct StoredMatrices {
   alignas(16) uint16_t element[4][8][8];
 };
@@ -661,6 +685,7 @@ const Case cases[] = {
     {"transpose in a warp", transpose},
     {"pipeline of warps", pipeline},
     {"staged copy", staged_copy},
+    {"ragged copy", ragged_copy},
     {"grid barrier", grid_barrier, 12},
     {"last block", last_block, 5},
     {"chain of blocks", chain, 3},

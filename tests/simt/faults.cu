@@ -4,6 +4,7 @@
 #include <string>
 
 #include "common/half.h"
+#include "common/lanes.cuh"
 #include "common/ptx90.cuh"
 #include "common/shared.cuh"
 #include "device_memory.h"
@@ -132,6 +133,34 @@ __global__ void bounds_kernel(const float* x, float* y, int n, int fault) {
 void bounds(int fault) {
   DeviceArray<float> x(37, 1), y(37);
   launch("bounds", bounds_kernel, 1, 64, 64 * sizeof(int), nullptr, x.data(), y.data(), 37, fault);
+}
+
+struct Matrices {
+  alignas(16) SharedArray<uint16_t, 4 * 64> element;
+};
+
+// Instructions for one kind of memory; vectors whose numbers are used one by one.
+__global__ void spaces_kernel(const uint16_t* x, uint32_t* y, int fault) {
+  auto& s = block_shared<Matrices>();
+  const int l = int(threadIdx.x);
+  for (int i = l; i < 256; i += 32) s.element[i] = x[i];
+  __syncwarp();
+  uint32_t r[4];
+  const void* row = fault == 1 ? static_cast<const void*>(x + 8 * l) : &s.element[8 * l];
+  ptx::ldmatrix_x4(r, row);
+  const uint4 v = *reinterpret_cast<const uint4*>(x + 8 * (l % 16) + (fault == 2 ? 2 : 0));
+  const auto two = several<2>(y[2 * l + (fault == 3 ? 1 : 0)]);
+  __syncwarp();  // y has been read
+  uint4* to =
+      reinterpret_cast<uint4*>(fault == 4 ? static_cast<void*>(&s.element[8 * l]) : y + 4 * l);
+  ptx::store(to, {r[0], r[1], v.x + v.w, two.x[1]});
+  if (fault == 5) y[l] = __ldg(&s.element[l]);
+}
+
+void spaces(int fault) {
+  DeviceArray<uint16_t> x(256, 1);
+  DeviceArray<uint32_t> y(128);
+  launch("spaces", spaces_kernel, 1, 32, 0, nullptr, x.data(), y.data(), fault);
 }
 
 // ---- races on global memory
@@ -282,7 +311,9 @@ __global__ void warpgroup_product_kernel(T* y, int fault) {
       if (fault != 1) ptx::fence_proxy_async();
       if (fault != 2) __syncthreads();  // the operand is there
       if (fault != 3) ptx::wgmma_fence(d, a);
-      ptx::wgmma_64x64x16(d, a, ptx::wgmma_operand(&s));
+      if (fault != 8 || t < 96) {
+        ptx::wgmma_64x64x16(d, a, ptx::wgmma_operand(&s, fault == 9 && t >= 96 ? 128 : 0));
+      }
       ptx::wgmma_commit();
       if (fault == 4 && i == 0) s.piece[t] = {};
       if (fault == 5) {
@@ -315,7 +346,7 @@ __global__ void __launch_bounds__(384, 1) registers_kernel(T* y, int fault) {
       ptx::have_more_registers<232>();
     } else if (fault == 1) {
       ptx::have_less_registers<48>();
-    } else {
+    } else if (fault != 2 || t >= 32) {
       ptx::have_less_registers<40>();
     }
     y[t] = t;
@@ -343,6 +374,7 @@ const Case cases[] = {
     {"hand over", hand_over},
     {"warp sum", warp_sum},
     {"bounds", bounds},
+    {"spaces", spaces},
     {"add", add},
     {"last block", last_block, 3},
     {"chain", chain},

@@ -15,8 +15,9 @@ CONFORMANCE = [
     "shuffles", "halves of a warp", "votes", "counting barriers", "scalar functions",
     "vectors in memory",
     "product bf16", "product f16", "product tf32", "ldmatrix", "transpose in a warp",
-    "pipeline of warps", "staged copy", "grid barrier", "last block", "chain of blocks",
-    "histogram", "table", "ring of mbarriers", "stmatrix", "warpgroup product, rows",
+    "pipeline of warps", "staged copy", "ragged copy", "grid barrier", "last block",
+    "chain of blocks", "histogram", "table", "ring of mbarriers", "stmatrix",
+    "warpgroup product, rows",
     "warpgroup product, depth first", "warpgroup product, registers",
 ]  # fmt: skip
 
@@ -41,8 +42,13 @@ FAULTS = {
     ("bounds", 4): "out of bounds: read",
     ("bounds", 5): "out of bounds: write of 4 bytes at byte -4",
     ("bounds", 6): "read of uninitialised shared memory",
-    ("bounds", 7): "misaligned read of 16 bytes",
+    ("bounds", 7): "a misaligned vector of 16 bytes",
     ("bounds", 8): "neither shared nor global memory",
+    ("spaces", 1): "for shared memory, at an address of other memory",  # ldmatrix
+    ("spaces", 2): "a misaligned vector of 16 bytes",  # of which two words are used
+    ("spaces", 3): "a misaligned vector of 8 bytes",
+    ("spaces", 4): "for global memory, at an address of shared memory",  # a store
+    ("spaces", 5): "for global memory, at an address of shared memory",  # __ldg
     ("add", 1): "data race on global memory",  # not atomic
     ("add", 2): "data race on global memory",  # atomic against not
     ("last block", 1): "data race on global memory",  # no release
@@ -69,7 +75,10 @@ FAULTS = {
     ("warpgroup product", 5): "wrong result|no wgmma_fence|written before",  # no wait
     ("warpgroup product", 6): "names sums of a product that is still under way",
     ("warpgroup product", 7): "data race on shared memory",  # others may still multiply
+    ("warpgroup product", 8): "wgmma by some warps of a warpgroup only",
+    ("warpgroup product", 9): "begin different products",
     ("registers", 1): "livelock",  # more than others have given back
+    ("registers", 2): "livelock",  # one warp gives none back
     ("host", 1): "no such block size",
     ("host", 2): "more shared memory than a block may have",
     ("host", 3): "host code makes a write of device memory",

@@ -232,6 +232,13 @@ def test_offsets_that_make_no_sense_stay_in_bounds(place, layout):
         )  # fmt: skip
 
 
+def test_lanes_that_disagree_on_a_run_go_on_together(place):
+    """Runs of offsets that make no sense overlap: a row may be whole for some lanes of a warp."""
+    inputs = sample(batch=1, seqlen=700, dim=1, slots=4)
+    offsets = torch.tensor([0, 700, 64, 300, 700])
+    place(on_cpu.run, statescan.causal_conv1d, inputs, cu_seqlens=offsets)
+
+
 def test_extreme_values(place):
     inputs = sample(dim=8, seqlen=24)
     with torch.no_grad():

@@ -77,6 +77,16 @@ def test_several_pairs_in_teams(place):
     check(place, pairs(along, dim=62, batch=8), along)
 
 
+@pytest.mark.skipif(not emulator.SUPPORTED, reason="a GPU has the shared memory that it has")
+@pytest.mark.parametrize("kilobytes", [40, 56, 84])
+@pytest.mark.parametrize("policy, seed", [("forward", 0), ("random", 1)])
+def test_quads_with_fewer_buffers(policy, seed, kilobytes):
+    """Of rows, for two, four and eight tiles: there is not room for more."""
+    along = routes.cross2d(28, 28)
+    place = emulator.emulated(policy, seed, shared=kilobytes * 1024)
+    check(place, pairs(along, dim=4, shape=(28, 28)), along)
+
+
 @pytest.mark.parametrize("dim", [1, 2, 7, 33])
 def test_any_dim(place, dim):
     along = routes.bidi2(9, 12)

@@ -238,6 +238,28 @@ void forget_buffers() { buffers.clear(); }
 
 std::string take_host_fault() { return std::exchange(host_fault, {}); }
 
+namespace {
+
+bool is_shared(const void* p) {
+  return shared_near(*self()->block, reinterpret_cast<uintptr_t>(p)) != nullptr;
+}
+
+}  // namespace
+
+void check_shared(const void* p) {
+  if (!is_shared(p)) fail("an instruction for shared memory, at an address of other memory");
+}
+
+void check_global(const void* p) {
+  if (is_shared(p)) fail("an instruction for global memory, at an address of shared memory");
+}
+
+void check_aligned(const void* p, size_t bytes) {
+  auto address = reinterpret_cast<uintptr_t>(p);
+  asm("" : "+r"(address));  // of which the compiler knows by its type that it is
+  if (here != nullptr && address % bytes != 0) fail("a misaligned vector of %zu bytes", bytes);
+}
+
 void check_access(const void* p, size_t bytes, bool write) {
   checker::access(p, bytes, write, kPlain, 0);
 }

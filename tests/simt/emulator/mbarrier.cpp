@@ -52,6 +52,7 @@ void have_registers(int count) {
 
 void mbarrier_init(uint64_t* barrier, int count, simt::Loc loc) {
   simt::Block& block = *simt::self()->block;
+  simt::check_shared(barrier);
   simt::check_access(barrier, sizeof(*barrier), true);
   if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0 || count < 1) {
     simt::fail("%s: an mbarrier is 8 bytes for at least one thread", simt::describe(loc).c_str());

@@ -45,6 +45,10 @@ void* static_shared(const void* key, size_t bytes) {
     if (object->key == key) return object->data;
   }
   block.shared.emplace_back(new_shared(key, bytes));
+  size_t all = 0;
+  for (const auto& object : block.shared) all += object->bytes;
+  if (all > size_t(shared_limit))
+    fail("%zu bytes of shared memory: more than a block may have", all);
   return block.shared.back()->data;
 }
 
@@ -61,6 +65,7 @@ void copy_async(void* to, const void* from, int bytes, int source_bytes, Loc loc
   if (misaligned(to) || (source_bytes > 0 && misaligned(from))) {
     fail("%s: a misaligned cp.async of %d bytes", describe(loc).c_str(), bytes);
   }
+  check_shared(to), check_global(from);
   if (source_bytes > 0) checker::access(from, size_t(source_bytes), false, kPlain, 0);
   checker::access(to, size_t(bytes), true, kInFlight, 0);
   memset(to, 0xff, size_t(bytes));

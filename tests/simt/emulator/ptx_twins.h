@@ -32,10 +32,15 @@ inline uint32_t pair_halves(int half, uint32_t first, uint32_t second) {
   return half ? first >> 16 | (second & 0xffff0000) : (first & 0xffff) | second << 16;
 }
 
-inline uint4 load_streaming(const uint4* p) { return *p; }
-inline void store_streaming(uint4* p, uint4 v) { *p = v; }
-inline void store(uint2* p, uint2 v) { *p = v; }
-inline void store(uint4* p, uint4 v) { *p = v; }
+template <class T>
+T& in_global(T* p) {
+  simt::check_global(p);
+  return *p;
+}
+inline uint4 load_streaming(const uint4* p) { return in_global(p); }
+inline void store_streaming(uint4* p, uint4 v) { in_global(p) = v; }
+inline void store(uint2* p, uint2 v) { in_global(p) = v; }
+inline void store(uint4* p, uint4 v) { in_global(p) = v; }
 
 inline void cp_async_16(void* shared, const void* global, int source_bytes = 16, SIMT_LOC) {
   simt::copy_async(shared, global, 16, source_bytes, loc);
@@ -48,18 +53,18 @@ void cp_async_wait() {
 
 inline uint32_t ld_acquire(const uint32_t* p) {
   simt::yield(true);
-  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+  return __atomic_load_n(&in_global(p), __ATOMIC_ACQUIRE);
 }
 inline uint32_t ld_relaxed(const uint32_t* p) {
   simt::yield(true);
-  return __atomic_load_n(p, __ATOMIC_RELAXED);
+  return __atomic_load_n(&in_global(p), __ATOMIC_RELAXED);
 }
 inline void st_release(uint32_t* p, uint32_t v) {
-  __atomic_store_n(p, v, __ATOMIC_RELEASE);
+  __atomic_store_n(&in_global(p), v, __ATOMIC_RELEASE);
   simt::yield(false);
 }
 inline void st_relaxed(uint32_t* p, uint32_t v) {
-  __atomic_store_n(p, v, __ATOMIC_RELAXED);
+  __atomic_store_n(&in_global(p), v, __ATOMIC_RELAXED);
   simt::yield(false);
 }
 

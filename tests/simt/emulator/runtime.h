@@ -66,6 +66,13 @@ struct WarpProduct {
   std::vector<float> sum;     // (lane, register), where no product before it has them
 };
 
+// What the four warps of a warpgroup multiply, which has to be the same.
+struct GroupProduct {
+  uint64_t a, b;
+  bool a_is_shared, depth_first, add;
+  bool operator==(const GroupProduct&) const = default;
+};
+
 // Lanes on their way to one warp operation. Several may be pending with different masks, which may
 // overlap: half of a warp can wait for all of it while the other half shuffles among itself.
 struct Gathering {
@@ -80,6 +87,7 @@ struct Warp {
   std::vector<Gathering> pending;
   std::vector<WarpProduct> products;
   unsigned product_group = 0;
+  size_t products_begun = 0;
 };
 
 struct Mbarrier {
@@ -107,6 +115,7 @@ struct Block {
   Barrier barrier[kBarriers];
   Barrier finished[kBarriers];  // for the reductions: what was found when it was last complete
   std::map<const void*, Mbarrier> mbarrier;
+  std::vector<GroupProduct> products[kMaxWarps / 4];  // of each warpgroup, in order
   std::vector<std::unique_ptr<SharedObject>> shared;  // the dynamic one first
   BlockClocks clocks;
 };
@@ -137,6 +146,9 @@ void progress();                                         // not merely spinning
 // warp.cpp, barrier.cpp: what may now be complete because a thread has returned
 void lane_returned(Block& block, unsigned warp);
 void thread_returned(Block& block);
+
+// wgmma.cpp: what was not done by all of a warpgroup, of a block whose threads have returned; or null.
+const char* done_by_some_warps(const Block& block);
 
 // memory.cpp
 SharedObject* new_shared(const void* key, size_t bytes);

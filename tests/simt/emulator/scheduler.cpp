@@ -167,6 +167,10 @@ std::unique_ptr<Block> start_block(unsigned index, dim3 grid, dim3 block_dim, si
 }
 
 void end_block(size_t at) {
+  if (const char* fault = done_by_some_warps(*machine.resident[at]);
+      fault && machine.report.empty()) {
+    machine.report = fault;
+  }
   for (Thread* thread : machine.resident[at]->thread) machine.unused_threads.push_back(thread);
   machine.resident.erase(machine.resident.begin() + long(at));
 }

@@ -25,17 +25,41 @@ struct dim3 {
   unsigned x = 1, y = 1, z = 1;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+
+namespace simt {
+
+// Ends the launch with a report if p is no multiple of so many bytes. Only in device code.
+void check_aligned(const void* p, size_t bytes);
+
+// A member, at the beginning, of what is moved as a whole: its address has to allow that, whatever
+// accesses to single numbers the compiler makes of it.
+template <size_t kBytes>
+struct MovedAtOnce {
+  MovedAtOnce() = default;
+  MovedAtOnce(const MovedAtOnce& from) { check_aligned(&from, kBytes); }
+  MovedAtOnce& operator=(const MovedAtOnce& from) {
+    check_aligned(this, kBytes), check_aligned(&from, kBytes);
+    return *this;
+  }
+};
+
+}  // namespace simt
+
 struct alignas(8) uint2 {
   unsigned x, y;
+  [[no_unique_address]] simt::MovedAtOnce<8> whole;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+  [[no_unique_address]] simt::MovedAtOnce<16> whole;
 };
 struct alignas(8) float2 {
   float x, y;
+  [[no_unique_address]] simt::MovedAtOnce<8> whole;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
+  [[no_unique_address]] simt::MovedAtOnce<16> whole;
 };
 using cudaStream_t = void*;
 
@@ -75,6 +99,9 @@ void copy_async(void* to, const void* from, int bytes, int source_bytes, Loc loc
 void commit_copies();
 void wait_for_copies(int groups_left);
 void check_access(const void* p, size_t bytes, bool write);
+// Instructions for one kind of memory take no address of another.
+void check_shared(const void* p);
+void check_global(const void* p);
 
 void* static_shared(const void* key, size_t bytes);
 void* dynamic_shared();
@@ -214,5 +241,6 @@ inline float __uint_as_float(unsigned bits) { return simt::from_bits<float>(bits
 inline unsigned __float_as_uint(float x) { return unsigned(simt::to_bits(x)); }
 template <class T>
 T __ldg(const T* p) {
+  simt::check_global(p);
   return *p;
 }

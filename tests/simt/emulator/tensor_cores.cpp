@@ -86,6 +86,7 @@ void distribute(void* const* lanes) {
 
 void load_matrices(simt::WarpFunction f, uint32_t (&r)[4], const void* row, simt::Loc loc) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("ldmatrix: a misaligned row");
+  simt::check_shared(row);
   simt::check_access(row, 16, false);
   MatrixRow arguments{r, static_cast<const char*>(row)};
   simt::warp_collective(f, "ldmatrix", ~0u, &arguments, loc);

@@ -100,9 +100,18 @@ struct Product {
   bool depth_first, add;
 };
 
+// All four warps of a warpgroup begin the same products.
+void join_group(const simt::GroupProduct& product) {
+  auto& of_group = simt::self()->block->products[simt::self()->warp / 4];
+  const size_t i = warp().products_begun++;
+  if (i == of_group.size()) of_group.push_back(product);
+  if (of_group[i] != product) simt::fail("wgmma: warps of a warpgroup begin different products");
+}
+
 void begin(void* const* lanes) {
   const Product& first = *static_cast<Product*>(lanes[0]);
   simt::Warp& own = warp();
+  join_group({first.a, first.b, first.a_is_shared, first.depth_first, first.add});
   simt::WarpProduct x{own.product_group,
                       false,
                       first.add,
@@ -258,9 +267,27 @@ void store_transposed(void* const* lanes) {
 
 void stmatrix_x4_trans(void* row, const uint32_t (&r)[4], simt::Loc loc) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) simt::fail("stmatrix: a misaligned row");
+  simt::check_shared(row);
   simt::check_access(row, 16, true);
   MatrixRow arguments{r, static_cast<char*>(row)};
   simt::warp_collective(&store_transposed, "stmatrix", ~0u, &arguments, loc);
 }
 
 }  // namespace statescan::ptx
+
+namespace simt {
+
+const char* done_by_some_warps(const Block& block) {
+  for (int w = 0; w < block.warps; ++w) {
+    const size_t group = size_t(w) / 4, first = group * 4 * kLanes;
+    if (block.warp[w].products_begun != block.products[group].size()) {
+      return "wgmma by some warps of a warpgroup only";
+    }
+    if (block.thread[size_t(w) * kLanes]->registers != block.thread[first]->registers) {
+      return "setmaxnreg by some warps of a warpgroup only";
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace simt
