@@ -53,16 +53,17 @@ __device__ __forceinline__ double softplus(double x, double& slope) {
   slope = (x < 0 ? e : 1) / (1 + e);
   return (x < 0 ? 0 : x) + std::log1p(e);
 }
-// log2(1 + 2^x), for what has 16 bits: one ex2 and 7 more instructions. Within 8.5e-6 of the result,
+// log2(1 + 2^x), for what has 16 bits: one ex2 and 8 more instructions. Within 1.5e-6 of the result,
 // however small it is. slope: the derivative, which is also that of softplus at x ln 2.
 __device__ __forceinline__ float softplus_base2(float x, float& slope) {
   const float e = ptx::ex2(-std::fabs(x)), r = ptx::rcp(1.0f + e);
   slope = x < 0 ? e * r : r;
-  float p = std::fma(-0.0344359068f, e, 0.146032888f);  // log2(1 + e) / e for e in [0, 1]
-  p = std::fma(p, e, -0.303036203f);
-  p = std::fma(p, e, 0.469174065f);
-  p = std::fma(p, e, -0.720426164f);
-  p = std::fma(p, e, 1.44268292f);
+  float p = std::fma(0.020401182f, e, -0.095797537f);  // log2(1 + e) / e for e in [0, 1]
+  p = std::fma(p, e, 0.21528453f);
+  p = std::fma(p, e, -0.33908902f);
+  p = std::fma(p, e, 0.47766838f);
+  p = std::fma(p, e, -0.72115944f);
+  p = std::fma(p, e, 1.4426932f);
   return std::fma(e, p, ptx::at_least(x, 0.0f));
 }
 
