@@ -13,13 +13,12 @@
 #include "common/launch.h"
 #include "selective_scan_2d/pair_rows.cuh"
 #include "selective_scan_2d/pairs.cuh"
+#include "selective_scan_2d/quad_planes.cuh"
 
 namespace statescan::selective_scan_2d::cuda {
 namespace {
 
-constexpr int kQuad = 4;
 using Items = ItemsOf<kQuad>;
-using Numbers = Several<float, kQuad>;  // of each channel
 
 // How often the buffer of a block's `number`-th tile was full before.
 __device__ __forceinline__ unsigned turn_of_buffer(const PairLayout& at, int number) {
@@ -143,55 +142,6 @@ __device__ __forceinline__ void walk_tile(const FwdParams& p, const PairMemory& 
   }
 }
 
-// y += w D u for every visit: of each route one, if all of them go to each token once.
-__device__ __forceinline__ void add_skips(const FwdParams& p, const PairMemory& memory) {
-  const PairLayout& layout = memory.at;
-  const int routes = int(p.routes), tokens = int(p.tokens);
-  const Task& task = memory.now().task;
-  const int64_t first = (p.place_per_batch ? task.b : 0) * p.routes * p.tokens;
-  const bool once = *p.visited_otherwise == 0;
-#pragma unroll 1
-  for (int quad = 0; quad * kQuad < task.channels; ++quad) {
-    auto add = [&](int route, float times, Numbers& sum) {
-      const float* table = memory.get<float>(memory.table(route, quad));
-#pragma unroll
-      for (int c = 0; c < kQuad; ++c) {
-        sum.x[c] += times * table[kItemWeight * kQuad + c] * table[kItemD * kQuad + c];
-      }
-    };
-    Numbers all{};
-#pragma unroll 1
-    for (int route = 0; route < routes; ++route) add(route, 1, all);
-    const auto* words = memory.get<Several<uint32_t, 2>>(memory.words(quad));
-    auto* sums = memory.get<Numbers>(memory.sums(quad));
-#pragma unroll 1
-    for (int token = ptx::opaque(int(threadIdx.x)); token < tokens; token += int(blockDim.x)) {
-      Numbers D = all;
-      if (!once) {
-        D = {};
-        int visits = 0;
-#pragma unroll 1
-        for (int route = 0; route < routes; ++route) {
-          const int times = __ldg(p.visits + first + int64_t(route) * tokens + token);
-          visits += times;
-          add(route, float(times), D);
-        }
-        if (visits == 0) continue;  // whatever u is
-      }
-      const int at = layout.position(token);
-      const auto word = words[at];
-      Numbers sum = sums[at];
-      with_half_type(p.u.dtype, [&](auto type) {
-#pragma unroll
-        for (int c = 0; c < kQuad; ++c) {
-          sum.x[c] += D.x[c] * half_of_word<decltype(type)>(word.x[c / 2], c % 2);
-        }
-      });
-      sums[at] = sum;
-    }
-  }
-}
-
 __device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory& memory) {
   const PairLayout& layout = memory.at;
   const Member me(memory);
@@ -280,23 +230,12 @@ __global__ __launch_bounds__(kPairThreads<false, kQuad>,
       ptx::barrier_sync(kWalkers, walkers);  // it is zero
     }
     clear(memory.get<uint32_t>(at.sums), at.pairs * at.pitch * kQuad, walkers);
-    read_halves(p.u, task, 0, p.tokens, walkers, [&](int c, int t) -> uint16_t& {
-      return memory.get<uint16_t>(memory.words(c / kQuad))[at.position(t) * kQuad + c % kQuad];
-    });
+    read_quads(p.u, memory, int(p.tokens), walkers);
     ptx::barrier_sync(kWalkers, walkers);  // words and sums are in place
     walk_routes(p, memory);
   }
   __syncthreads();  // all routes have been walked
-  if (p.D) {
-    add_skips(p, memory);
-    __syncthreads();  // all terms have been added
-  }
-  const PairSums<kQuad> y(memory);
-  if (p.z) {
-    read_tokens(with_routes(p.z), task, 0, p.tokens, Meet::kTimesSilu, y);
-    __syncthreads();  // y is gated
-  }
-  write_tokens(p.y, task, 0, p.tokens, y);
+  write_quads(p, memory);
 }
 
 }  // namespace
