@@ -1,5 +1,5 @@
-"""selective_scan_2d with two channels to a lane (csrc/selective_scan_2d/pairs.cuh): 16-bit maps
-with low-rank delta, in tiles of 256 steps that up to 4 warps walk side by side."""
+"""selective_scan_2d with two channels to a lane, or four (csrc/selective_scan_2d/pairs.cuh): 16-bit
+maps with low-rank delta, in tiles of 256 steps that up to 8 warps walk side by side."""
 
 import emulator
 import pytest
@@ -100,11 +100,53 @@ def test_any_rank(place, rank, dtype):
     check(place, pairs(along, rank=rank, dtype=dtype), along)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [4, 8, 12])
+@pytest.mark.parametrize("absent", [(), ("z",), ("D",), ("z", "D")], ids=str)
+def test_maps_in_packs(place, dtype, dim, absent):
+    """Of four channels and eight tokens; `early` begins where none of 16 bytes may."""
+    along = routes.cross2d(8, 19)
+    inputs = pairs(along, dim=dim, dtype=dtype, shape=(8, 19), absent=absent)
+    check(place, inputs, along)
+    early = torch.zeros(inputs["u"].numel() + 1, dtype=dtype)[1:].view_as(inputs["u"])
+    check(place, inputs | {"u": early.copy_(inputs["u"].detach())}, along)
+
+
+@pytest.mark.parametrize("state", [1, 2])
 @pytest.mark.parametrize("steps", [250, 600, 1300])
-@pytest.mark.parametrize("weights", [None, (), (3,)], ids=["sum", "per route", "per channel"])
-def test_ghosts_skips_repeats_and_weights(place, steps, weights):
+@pytest.mark.parametrize("weights", [None, (), (4,)], ids=["sum", "per route", "per channel"])
+def test_ghosts_skips_repeats_and_weights(place, steps, weights, state):
     along = Routes(200, holes(3, steps, 200))
-    check(place, pairs(along, state=2, weights=weights), along, gradients=steps == 600)
+    inputs = pairs(along, dim=4, state=state, weights=weights)
+    check(place, inputs, along, gradients=steps == 600)
+
+
+@pytest.mark.parametrize("what", ["left out", "twice", "ghost", "in one of the samples"])
+def test_skips_of_tokens_that_are_not_visited_once(place, what):
+    """D u counts as often as a token is visited, and not at all where it is not, whatever it is."""
+    index = torch.arange(304).repeat(2, 2, 1)
+    if what == "left out":
+        index = index[..., :303]
+    elif what == "in one of the samples":
+        index[1, 0, 7] = 9
+    else:
+        index[:, 1, 303] = 5 if what == "twice" else routes.GHOST
+    along = index if what == "in one of the samples" else Routes(304, index[0])
+    inputs = pairs(along, dim=4, batch=2, length=304)
+    check(place, inputs, along)
+    if what == "left out":
+        with torch.no_grad():
+            inputs["u"][..., 303] = float("nan")
+        y = place(on_cpu.ours, **inputs, routes=along)
+        assert y.isfinite().all() and not y[..., 303].any()
+
+
+def test_a_token_comes_twice_in_rounds_of_its_own(place):
+    for apart in (1300, 2047, 2300):
+        index = torch.arange(1, 2401)
+        index[60 + apart] = index[60]
+        along = Routes(2401, index[None])
+        check(place, pairs(along, dim=1), along)
 
 
 @pytest.mark.parametrize("apart", [1, 255, 256, 700, 1000, 1023, 1024])
@@ -240,11 +282,12 @@ def test_each_optional_argument_absent(place, absent):
     check(place, inputs, along, delta_softplus=absent != "delta_softplus")
 
 
+@pytest.mark.parametrize("state", [1, 2])
 @pytest.mark.parametrize("layout", ["channel-last", "strided", "float32 B and C", "token order"])
-def test_layouts(place, layout):
+def test_layouts(place, layout, state):
     along = routes.cross2d(10, 30)
     columns = (10, 30) if layout == "token order" else None
-    inputs = pairs(along, dim=11, rank=9, state=2, columns=columns, shape=(10, 30))
+    inputs = pairs(along, dim=11, rank=9, state=state, columns=columns, shape=(10, 30))
     options = {"operand_order": "token"} if columns else {}
     for name in ("u", "z", "delta", "B", "C"):
         x = inputs[name].detach()
