@@ -229,7 +229,7 @@ __device__ __forceinline__ void stage_tiles(const FwdParams& p, const PairMemory
   PairNow& now = memory.now();
   const int thread = ptx::opaque(int(threadIdx.x)) - 32 * layout.pairs * layout.team;
   const int helper = thread >> 5, lane = thread & 31;
-  ask_for_map(p, {helper, layout.helpers, lane});
+  ask_for_later_block(p, {helper, layout.helpers, lane});
   stage_tables(p, memory, 0, int(p.routes), p.initial_state);
   __syncwarp();  // the warp's share of the tables is there
   if (lane == 0) ptx::mbarrier_arrive(&now.tables);

@@ -271,28 +271,40 @@ __device__ __forceinline__ void stage_round(const Inputs& p, const PairMemory& m
   ptx::cp_async_wait<0>();  // places are there
 }
 
-// Asks for the map of the block that begins when this one ends, if as many are at work as an H100 has
-// multiprocessors: then it comes from the second-level cache.
-__device__ __forceinline__ void ask_for_map(const Inputs& p, const Crew& crew) {
+// Asks for what the block reads that begins when this one ends, if as many are at work as an H100 has
+// multiprocessors: then it comes from the second-level cache. Its map, and its share of the rows of its
+// batch element, which other blocks read as well.
+__device__ __forceinline__ void ask_for_later_block(const Inputs& p, const Crew& crew) {
   constexpr int kBlocksAtWork = 132, kElements = 16;  // of 32 bytes
   const int64_t block = int64_t(blockIdx.x) + kBlocksAtWork;
   if (block >= gridDim.x) return;
   const int thread = crew.warp * 32 + crew.lane, threads = crew.warps * 32;
   const Task task = task_at(p, block);
-  const View<4>& x = p.u;
-  auto* from =
-      static_cast<const uint16_t*>(x.data) + task.b * x.stride[0] + task.channel * x.stride[2];
-  if (x.stride[3] != 1) {  // the channels of a token are neighbours
+  auto ask_for_line = [&](const uint16_t* from, int64_t count) {
 #pragma unroll 1
-    for (int64_t t = thread; t < p.tokens; t += threads) ptx::prefetch(from + t * x.stride[3]);
-    return;
-  }
-#pragma unroll 1
-  for (int c = 0; c < task.channels; ++c, from += x.stride[2]) {
-#pragma unroll 1
-    for (int64_t t = thread * kElements; t < p.tokens; t += threads * kElements) {
+    for (int64_t t = thread * kElements; t < count; t += threads * kElements) {
       ptx::prefetch(from + t);
     }
+  };
+  auto of_batch = [&](const View<4>& x) {
+    return static_cast<const uint16_t*>(x.data) + task.b * x.stride[0];
+  };
+  const uint16_t* map = of_batch(p.u) + task.channel * p.u.stride[2];
+  if (p.u.stride[3] == 1) {
+#pragma unroll 1
+    for (int c = 0; c < task.channels; ++c) ask_for_line(map + c * p.u.stride[2], p.tokens);
+  } else {  // the channels of a token are neighbours
+#pragma unroll 1
+    for (int64_t t = thread; t < p.tokens; t += threads) ptx::prefetch(map + t * p.u.stride[3]);
+  }
+  if (p.plan.pair.at_once == 1) return;
+  const int states = int(p.state), rows = int(p.rank) + 2 * states;
+#pragma unroll 1
+  for (int64_t i = task.block; i < p.routes * rows; i += p.plan.blocks) {
+    const int route = int(i) / rows, row = int(i) % rows, state = row - int(p.rank);
+    const View<4>& x = state < 0 ? p.delta : state < states ? p.B : p.C;
+    const int of_x = state < 0 ? row : state % states;
+    ask_for_line(of_batch(x) + route * x.stride[1] + of_x * x.stride[2], p.steps);
   }
 }
 
@@ -307,7 +319,7 @@ __device__ __forceinline__ void stage_routes(const Inputs& p, const PairMemory& 
   };
   const int thread = ptx::opaque(int(threadIdx.x)) - int(blockDim.x) + 32 * p.plan.pair.helpers;
   const Crew crew{thread >> 5, p.plan.pair.helpers, thread & 31};
-  ask_for_map(p, crew);
+  ask_for_later_block(p, crew);
   Round r = at(0, 0), before{};
   RouteRows rows;
 #pragma unroll 1
