@@ -122,6 +122,11 @@ __device__ __forceinline__ void store(uint4* p, uint4 v) {
                : "memory");
 }
 
+// Has what is at an address of global memory, 32 bytes at least, brought to the second-level cache.
+__device__ __forceinline__ void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 // ---- copies from global to shared memory that run beside the thread
 
 // 16 bytes, of which the first `source_bytes` are copied and the rest is zero.

@@ -178,27 +178,33 @@ __device__ __forceinline__ void stage_tiles(const FwdParams& p, const PairMemory
   const PairLayout& layout = memory.at;
   PairNow& now = memory.now();
   const int thread = ptx::opaque(int(threadIdx.x)) - 32 * layout.pairs * layout.team;
+  const int helper = thread >> 5, lane = thread & 31;
+  ask_for_later_block(p, {helper, layout.helpers, lane});
   stage_tables(p, memory, 0, int(p.routes), p.initial_state);
   __syncwarp();  // the warp's share of the tables is there
-  if (thread % 32 == 0) ptx::mbarrier_arrive(&now.tables);
-  const int tiles = int(p.tiles);
-  const Crew alone{0, 1, thread % 32};
-  int route = 0, tile = thread / 32;
+  if (lane == 0) ptx::mbarrier_arrive(&now.tables);
+  const int tiles = int(p.tiles), all = tiles * int(p.routes);
+  int route = 0, tile = helper, of_rows = -1;
+  auto look_up = [&] {
+    while (tile >= tiles) tile -= tiles, ++route;
+    return tiles_at(p, now.task.b, route, tile, 1);
+  };
+  Round next{};
   RouteRows rows;
-  rows.begin(p, now.task.b, 0);
+  if (helper < all) next = look_up();
 #pragma unroll 1
-  for (int number = tile;; number += layout.helpers, tile += layout.helpers) {
-    if (tile >= tiles) {
-      while (tile >= tiles) tile -= tiles, ++route;
-      if (route >= int(p.routes)) break;
-      rows.begin(p, now.task.b, route);
-    }
-    const Round r = tiles_at(p, now.task.b, route, tile, 1);
+  for (int number = helper; number < all; number += layout.helpers) {
+    Round r = next;
+    r.tiles = 1;  // says it to the compiler
+    if (r.route != of_rows) rows.begin(p, now.task.b, of_rows = r.route);
+    tile += layout.helpers;
+    if (number + layout.helpers < all) next = look_up();  // its flags are on their way
     const int buffer = memory.buffer(number);
-    ptx::mbarrier_wait(&now.free[buffer], turn_of_buffer(layout, number) + 1 & 1);
-    stage_round(p, memory, rows, r, number, alone);
+    stage_round(p, memory, rows, r, number, 1, {0, 1, lane}, [&] {
+      ptx::mbarrier_wait(&now.free[buffer], turn_of_buffer(layout, number) + 1 & 1);
+    });
     __syncwarp();  // the rows are there
-    if (thread % 32 == 0) ptx::mbarrier_arrive(&now.full[buffer]);
+    if (lane == 0) ptx::mbarrier_arrive(&now.full[buffer]);
   }
 }
 

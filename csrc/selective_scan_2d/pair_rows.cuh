@@ -77,12 +77,13 @@ struct Crew {
 
 // A round in packs of neighbouring steps: eight steps by a lane, a tile by a warp. Eight ranks and a state
 // are on their way together; tiles are dealt to the helpers in turn, whatever they are of.
-template <class T, class Pack>
+// begin_tile(tile): before the first rows of a tile are put where they belong.
+template <class T, class Pack, class F>
 __device__ __forceinline__ void stage_packs(const Inputs& p, const PairMemory& memory,
                                             const RouteRows& from, const Round& r, int rows,
-                                            const Crew& crew) {
+                                            int states, const Crew& crew, F&& begin_tile) {
   const PairLayout& at = p.plan.pair;
-  const int steps = at.buffer_tiles * OfPair::kSteps, states = int(p.state);
+  const int steps = at.buffer_tiles * OfPair::kSteps;
   const int all = at.rank_blocks > states ? at.rank_blocks : states;
   const float scale = p.delta_softplus ? float(kLn2) : 1.0f;
   auto at_row = [](const View<4>& x, int i) { return static_cast<const uint16_t*>(x.data) + i; };
@@ -103,10 +104,11 @@ __device__ __forceinline__ void stage_packs(const Inputs& p, const PairMemory& m
       }
       load_eight<Pack>(at_row(p.B, B + t), k < states ? there : 0, B_row);
       load_eight<Pack>(at_row(p.C, C + t), k < states ? there : 0, C_row);
-      const int to = rows + (k * steps + first) * 4;  // k-th rows of a round, of numbers
+      if (k == 0) begin_tile(tile);
       if (k < states) {
-        put_numbers<T>(B_row, scale, memory.get<float>(to + at.B) + crew.lane * 4);
-        put_numbers<T>(C_row, 1, memory.get<float>(to + at.C) + crew.lane * 4);
+        const int to = rows + (k * steps + first + crew.lane * 4) * 4;
+        put_numbers<T>(B_row, scale, memory.get<float>(to + at.B));
+        put_numbers<T>(C_row, 1, memory.get<float>(to + at.C));
       }
       if (ranks > 0) {
         put_ranks<T>(memory, rank_row, rows + (k * steps + first + dt_unit(crew.lane * 8)) * 16,
@@ -237,32 +239,73 @@ __device__ __forceinline__ void stage_tables(const Inputs& p, const PairMemory& 
   }
 }
 
-// Brings a round, which is the block's `number`-th.
+// Brings a round, which is the block's `number`-th. wait(): until its buffer is free, while the first of
+// its rows are on their way.
+template <class F>
 __device__ __forceinline__ void stage_round(const Inputs& p, const PairMemory& memory,
                                             const RouteRows& from, const Round& r, int number,
-                                            const Crew& crew) {
+                                            int states, const Crew& crew, F&& wait) {
   const PairLayout& at = p.plan.pair;
   const int rows = memory.rows(number);
-  if (crew.warp == 0 && crew.lane == 0) memory.flags(number) = r.flags;
-#pragma unroll 1
-  for (int tile = crew.warp; tile < r.tiles; tile += crew.warps) {
+  auto begin_tile = [&](int tile) {
+    wait();
+    if (tile == 0 && crew.lane == 0) memory.flags(number) = r.flags;
     int* place = memory.get<int>(rows + at.place) + tile * OfPair::kSteps + crew.lane * 4;
-    const int32_t* from = r.place + tile * OfPair::kSteps + crew.lane * 8;
-    ptx::cp_async_16(place, from);
-    ptx::cp_async_16(place + in_row<OfPair>(4), from + 4);
-  }
-  ptx::cp_async_commit();
-  auto stage = [&](auto pack) {
-    using Pack = decltype(pack);
-    p.delta.dtype == DType::kBFloat16 ? stage_packs<BFloat16, Pack>(p, memory, from, r, rows, crew)
-                                      : stage_packs<Half, Pack>(p, memory, from, r, rows, crew);
+    const int32_t* all = r.place + tile * OfPair::kSteps + crew.lane * 8;
+    ptx::cp_async_16(place, all);
+    ptx::cp_async_16(place + in_row<OfPair>(4), all + 4);
   };
   if (at.at_once == 1 || r.flags & kGhosts) {
+    for (int tile = crew.warp; tile < r.tiles; tile += crew.warps) begin_tile(tile);
     stage_steps(p, memory, r, rows, crew);
   } else {
+    auto stage = [&](auto pack) {
+      with_half_type(p.delta.dtype, [&](auto type) {
+        stage_packs<decltype(type), decltype(pack)>(p, memory, from, r, rows, states, crew,
+                                                    begin_tile);
+      });
+    };
     at.at_once == 8 ? stage(uint4{}) : stage(uint2{});
   }
+  ptx::cp_async_commit();
   ptx::cp_async_wait<0>();  // places are there
+}
+
+// Asks for what the block reads that begins when this one ends, if as many are at work as an H100 has
+// multiprocessors: then it comes from the second-level cache. Its map, and its share of the rows of its
+// batch element, which other blocks read as well.
+__device__ __forceinline__ void ask_for_later_block(const Inputs& p, const Crew& crew) {
+  constexpr int kBlocksAtWork = 132, kElements = 16;  // of 32 bytes
+  const int64_t block = int64_t(blockIdx.x) + kBlocksAtWork;
+  if (block >= gridDim.x) return;
+  const int thread = crew.warp * 32 + crew.lane, threads = crew.warps * 32;
+  const Task task = task_at(p, block);
+  auto ask_for_line = [&](const uint16_t* from, int64_t count) {
+#pragma unroll 1
+    for (int64_t t = thread * kElements; t < count; t += threads * kElements) {
+      ptx::prefetch(from + t);
+    }
+  };
+  auto of_batch = [&](const View<4>& x) {
+    return static_cast<const uint16_t*>(x.data) + task.b * x.stride[0];
+  };
+  const uint16_t* map = of_batch(p.u) + task.channel * p.u.stride[2];
+  if (p.u.stride[3] == 1) {
+#pragma unroll 1
+    for (int c = 0; c < task.channels; ++c) ask_for_line(map + c * p.u.stride[2], p.tokens);
+  } else {  // the channels of a token are neighbours
+#pragma unroll 1
+    for (int64_t t = thread; t < p.tokens; t += threads) ptx::prefetch(map + t * p.u.stride[3]);
+  }
+  if (p.plan.pair.at_once == 1) return;
+  const int states = int(p.state), rows = int(p.rank) + 2 * states;
+#pragma unroll 1
+  for (int64_t i = task.block; i < p.routes * rows; i += p.plan.blocks) {
+    const int route = int(i) / rows, row = int(i) % rows, state = row - int(p.rank);
+    const View<4>& x = state < 0 ? p.delta : state < states ? p.B : p.C;
+    const int of_x = state < 0 ? row : state % states;
+    ask_for_line(of_batch(x) + route * x.stride[1] + of_x * x.stride[2], p.steps);
+  }
 }
 
 // All rounds, each while the others walk the one before; backward: those of a route from the last to
@@ -274,17 +317,18 @@ __device__ __forceinline__ void stage_routes(const Inputs& p, const PairMemory& 
   auto at = [&](int route, int i) {
     return round_at(p, memory.now().task.b, route, backward ? rounds - 1 - i : i);
   };
-  Round r = at(0, 0), before{};
-  RouteRows rows;
   const int thread = ptx::opaque(int(threadIdx.x)) - int(blockDim.x) + 32 * p.plan.pair.helpers;
   const Crew crew{thread >> 5, p.plan.pair.helpers, thread & 31};
+  ask_for_later_block(p, crew);
+  Round r = at(0, 0), before{};
+  RouteRows rows;
 #pragma unroll 1
   for (int number = 0, i = 0, route = 0; number < all; ++number) {
     if (i == 0) {
       stage_tables(p, memory, route, 1, start);
       rows.begin(p, memory.now().task.b, route);
     }
-    stage_round(p, memory, rows, r, number, crew);
+    stage_round(p, memory, rows, r, number, int(p.state), crew, [] {});
     const Round now = r;
     const bool last = i == 0;  // the round before was, of its route
     if (++i == rounds) i = 0, ++route;

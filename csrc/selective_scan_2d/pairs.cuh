@@ -184,14 +184,15 @@ struct Round {
 };
 __device__ __forceinline__ Round tiles_at(const Inputs& p, int64_t b, int route, int first,
                                           int tiles) {
-  const int64_t begin = int64_t(first) * OfPair::kSteps, left = p.steps - begin;
-  const int64_t row = ((p.place_per_batch ? b : 0) * p.routes + route) * p.tiles + first;
+  const int begin = first * OfPair::kSteps, left = int(p.steps) - begin;
+  const int tiles_left = int(p.tiles) - first, table = p.place_per_batch ? int(b) : 0;
+  const int row = (table * int(p.routes) + route) * int(p.tiles) + first;  // see find_pairs
   return {route,
-          p.tiles - first < tiles ? int(p.tiles) - first : tiles,
-          left < tiles * OfPair::kSteps ? int(left) : tiles * OfPair::kSteps,
+          tiles_left < tiles ? tiles_left : tiles,
+          left < tiles * OfPair::kSteps ? left : tiles * OfPair::kSteps,
           int(__ldg(p.flags + row)),
           begin,
-          p.place + row * OfPair::kSteps};
+          p.place + int64_t(row) * OfPair::kSteps};
 }
 __device__ __forceinline__ Round round_at(const Inputs& p, int64_t b, int route, int i) {
   return tiles_at(p, b, route, i * p.plan.pair.team, p.plan.pair.team);

@@ -114,6 +114,9 @@ PairLayout find_pairs(const Problem& p, bool backward, const View<4>& dy, int64_
       p.batch * p.dim > kMaxBlocks || p.tokens * 12 + p.rank * 64 + p.state * 24 > shared_limit) {
     return best;
   }
+  // Steps and tiles are counted in 32 bits.
+  constexpr int64_t kMost = (int64_t(1) << 31) - 1;
+  if (p.steps > kMost - kLongTile || p.batch * p.routes * p.chunks() > kMost) return best;
   int64_t least = 0;
   auto consider = [&](const PairLayout& x) {
     const int64_t together = x.channels * x.pairs, blocks = (p.dim + together - 1) / together;

@@ -139,6 +139,7 @@ void scalars(int) {
 
 __global__ void vectors_kernel(const uint4* x, uint4* y, uint2* half) {
   const int i = int(threadIdx.x);
+  ptx::prefetch(x + 31 - i);
   const uint4 v = ptx::load_streaming(x + i);
   ptx::store(y + i, v);
   ptx::store_streaming(y + 32 + i, v);

@@ -128,6 +128,7 @@ __global__ void bounds_kernel(const float* x, float* y, int n, int fault) {
   if (fault == 6) y[t % n] += float(s.after);
   if (fault == 7 && t == 0) s.vector = *reinterpret_cast<const float4*>(x + 1);
   if (fault == 8 && t == 0) *reinterpret_cast<float*>(uintptr_t(n) * 64) = 0;  // no memory
+  if (fault == 9 && t == 0) ptx::prefetch(x + n);
 }
 
 void bounds(int fault) {

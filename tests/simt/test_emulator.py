@@ -44,6 +44,7 @@ FAULTS = {
     ("bounds", 6): "read of uninitialised shared memory",
     ("bounds", 7): "a misaligned vector of 16 bytes",
     ("bounds", 8): "neither shared nor global memory",
+    ("bounds", 9): "out of bounds: read of 1 bytes at byte 148 of a buffer of 148",  # by a prefetch
     ("spaces", 1): "for shared memory, at an address of other memory",  # ldmatrix
     ("spaces", 2): "a misaligned vector of 16 bytes",  # of which two words are used
     ("spaces", 3): "a misaligned vector of 8 bytes",

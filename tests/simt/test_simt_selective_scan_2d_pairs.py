@@ -87,6 +87,16 @@ def test_quads_with_fewer_buffers(policy, seed, kilobytes):
     check(place, pairs(along, dim=4, shape=(28, 28)), along)
 
 
+@pytest.mark.parametrize("layout", ["channel-first", "channel-last"])
+def test_more_blocks_than_a_gpu_takes_at_once(place, layout):
+    """They ask for maps of later blocks."""
+    along = Routes(20, torch.randperm(20, generator=torch.Generator())[None])
+    inputs = pairs(along, dim=3, batch=134)
+    if layout == "channel-last":
+        inputs["u"] = channel_last(inputs["u"]).requires_grad_()
+    check(place, inputs, along)
+
+
 @pytest.mark.parametrize("dim", [1, 2, 7, 33])
 def test_any_dim(place, dim):
     along = routes.bidi2(9, 12)

@@ -42,6 +42,12 @@ inline void store_streaming(uint4* p, uint4 v) { in_global(p) = v; }
 inline void store(uint2* p, uint2 v) { in_global(p) = v; }
 inline void store(uint4* p, uint4 v) { in_global(p) = v; }
 
+// There is no cache: but what is asked for must be there.
+inline void prefetch(const void* p) {
+  simt::check_global(p);
+  (void)*static_cast<const volatile char*>(p);
+}
+
 inline void cp_async_16(void* shared, const void* global, int source_bytes = 16, SIMT_LOC) {
   simt::copy_async(shared, global, 16, source_bytes, loc);
 }
