@@ -148,7 +148,6 @@ __device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory
   const int tiles = int(p.tiles);
   if (me.pair * kQuad >= memory.now().task.channels) return;
   PairNow& now = memory.now();
-  ptx::mbarrier_wait(&now.tables, 0);
 #pragma unroll 1
   for (int route = 0; route < int(p.routes); ++route) {
     const int table = ptx::opaque(memory.table(route, me.pair));
@@ -180,9 +179,6 @@ __device__ __forceinline__ void stage_tiles(const FwdParams& p, const PairMemory
   const int thread = ptx::opaque(int(threadIdx.x)) - 32 * layout.pairs * layout.team;
   const int helper = thread >> 5, lane = thread & 31;
   ask_for_later_block(p, {helper, layout.helpers, lane});
-  stage_tables(p, memory, 0, int(p.routes), p.initial_state);
-  __syncwarp();  // the warp's share of the tables is there
-  if (lane == 0) ptx::mbarrier_arrive(&now.tables);
   const int tiles = int(p.tiles), all = tiles * int(p.routes);
   int route = 0, tile = helper, of_rows = -1;
   auto look_up = [&] {
@@ -221,7 +217,6 @@ __global__ __launch_bounds__(kPairThreads<false, kQuad>,
       ptx::mbarrier_init(&now.full[i], 1);
       ptx::mbarrier_init(&now.free[i], quads);
     }
-    ptx::mbarrier_init(&now.tables, at.helpers);
   }
   __syncthreads();  // the task is known, the mbarriers are there
   const Task& task = now.task;
@@ -236,8 +231,10 @@ __global__ __launch_bounds__(kPairThreads<false, kQuad>,
       ptx::barrier_sync(kWalkers, walkers);  // it is zero
     }
     clear(memory.get<uint32_t>(at.sums), at.pairs * at.pitch * kQuad, walkers);
+    stage_tables(p, memory, 0, int(p.routes), p.initial_state, ptx::opaque(int(threadIdx.x)),
+                 walkers);
     read_quads(p.u, memory, int(p.tokens), walkers);
-    ptx::barrier_sync(kWalkers, walkers);  // words and sums are in place
+    ptx::barrier_sync(kWalkers, walkers);  // words, sums and tables are in place
     walk_routes(p, memory);
   }
   __syncthreads();  // all routes have been walked

@@ -104,7 +104,13 @@ __device__ __forceinline__ void stage_packs(const Inputs& p, const PairMemory& m
       }
       load_eight<Pack>(at_row(p.B, B + t), k < states ? there : 0, B_row);
       load_eight<Pack>(at_row(p.C, C + t), k < states ? there : 0, C_row);
-      if (k == 0) begin_tile(tile);
+      if (k == 0) {
+        const auto* place = reinterpret_cast<const uint4*>(r.place + t);
+        const uint4 low = __ldg(place), high = __ldg(place + 1);
+        begin_tile(tile);
+        auto* to = memory.get<uint4>(rows + at.place) + tile * (OfPair::kSteps / 4) + crew.lane;
+        to[0] = low, to[in_row<OfPair>(4) / 4] = high;
+      }
       if (k < states) {
         const int to = rows + (k * steps + first + crew.lane * 4) * 4;
         put_numbers<T>(B_row, scale, memory.get<float>(to + at.B));
@@ -139,6 +145,8 @@ __device__ __forceinline__ void stage_steps(const Inputs& p, const PairMemory& m
       f(t, t < r.steps ? int(__ldg(r.place + t)) : int(kSkip));
     }
   };
+  int* place_row = memory.get<int>(rows + at.place);
+  for_steps([&](int t, int place) { place_row[in_round_row(t)] = place; });
   with_device_type(p.delta.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (sizeof(T) == 2) {
@@ -178,14 +186,13 @@ __device__ __forceinline__ void stage_steps(const Inputs& p, const PairMemory& m
   stage(p.C, 1, memory.get<float>(rows + at.C));
 }
 
-// Parameters of `routes` routes from `first`, by the helpers. With softplus the step sizes are counted in
-// units of ln 2, which their logarithm to base 2 is; the unit goes into B.
+// Parameters of `routes` routes from `first`, by `threads` threads. With softplus the step sizes are
+// counted in units of ln 2, which their logarithm to base 2 is; the unit goes into B.
 // `start`: the state, or its gradient, that a walk along the route begins with.
 __device__ __forceinline__ void stage_tables(const Inputs& p, const PairMemory& memory, int first,
-                                             int routes, const View<4>& start) {
+                                             int routes, const View<4>& start, int thread,
+                                             int threads) {
   const PairLayout& at = p.plan.pair;
-  const int threads = 32 * at.helpers;
-  const int thread = ptx::opaque(int(threadIdx.x)) - int(blockDim.x) + threads;
   const Task& task = memory.now().task;
   const int channels = at.channels * at.pairs, ranks = 8 * at.rank_blocks;
   const float scale = p.delta_softplus ? float(kLog2e) : 1.0f;
@@ -250,10 +257,6 @@ __device__ __forceinline__ void stage_round(const Inputs& p, const PairMemory& m
   auto begin_tile = [&](int tile) {
     wait();
     if (tile == 0 && crew.lane == 0) memory.flags(number) = r.flags;
-    int* place = memory.get<int>(rows + at.place) + tile * OfPair::kSteps + crew.lane * 4;
-    const int32_t* all = r.place + tile * OfPair::kSteps + crew.lane * 8;
-    ptx::cp_async_16(place, all);
-    ptx::cp_async_16(place + in_row<OfPair>(4), all + 4);
   };
   if (at.at_once == 1 || r.flags & kGhosts) {
     for (int tile = crew.warp; tile < r.tiles; tile += crew.warps) begin_tile(tile);
@@ -267,8 +270,6 @@ __device__ __forceinline__ void stage_round(const Inputs& p, const PairMemory& m
     };
     at.at_once == 8 ? stage(uint4{}) : stage(uint2{});
   }
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();  // places are there
 }
 
 // Asks for what the block reads that begins when this one ends, if as many are at work as an H100 has
@@ -325,7 +326,7 @@ __device__ __forceinline__ void stage_routes(const Inputs& p, const PairMemory& 
 #pragma unroll 1
   for (int number = 0, i = 0, route = 0; number < all; ++number) {
     if (i == 0) {
-      stage_tables(p, memory, route, 1, start);
+      stage_tables(p, memory, route, 1, start, thread, 32 * p.plan.pair.helpers);
       rows.begin(p, memory.now().task.b, route);
     }
     stage_round(p, memory, rows, r, number, int(p.state), crew, [] {});

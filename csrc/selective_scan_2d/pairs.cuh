@@ -45,10 +45,8 @@ inline constexpr int kMaxBuffers = 8;  // of rows
 struct PairNow {
   Task task;
   SharedArray<int, kMaxBuffers> flags;  // of what the buffers of rows hold
-  // Of quads, where helpers and teams go on by themselves: is a buffer full, has it been read, are the
-  // tables of all routes there?
+  // Of quads, where helpers and teams go on by themselves: is a buffer full, has it been read?
   SharedArray<uint64_t, kMaxBuffers> full, free;
-  uint64_t tables;
 };
 
 // A token's numbers side by side are 4 bytes for each channel of sums; lanes are 8 tokens apart along
