@@ -314,10 +314,12 @@ bool are_faster(const Problem& p, bool backward, const Plan& whole, int64_t grou
   // pairs of channels issue 0.8 of the time, if there are enough of them.
   const PairLayout& pair = whole.pair;
   const bool pairs = pair.pairs > 0;
-  const int64_t tile = pairs      ? backward ? 1650 : 480 + 115 * p.state
+  const int64_t tile = pairs      ? backward             ? 1650
+                                    : pair.channels == 4 ? 1030
+                                                         : 480 + 115 * p.state
                        : backward ? 1220 + 540 * p.state
                                   : 480 + 113 * p.state;
-  const int64_t rounds = pairs ? (p.chunks() + pair.team - 1) / pair.team : p.chunks();
+  const int64_t rounds = pairs ? pair.rounds : p.chunks();
   const int64_t together = pairs ? pair.pairs * pair.team * 3 / 8 : 0;
   const int64_t turns = (p.batch * whole.blocks + 131) / 132;
   const int64_t wholes = turns * p.routes * rounds * std::max<int64_t>(3, together) * tile;
