@@ -154,7 +154,7 @@ __device__ __forceinline__ void walk_routes(const FwdParams& p, const PairMemory
     const int weight = ptx::opaque(memory.weight(route, me.pair));
 #pragma unroll 1
     for (int round = 0; round < layout.rounds; ++round) {
-      const int first = round * layout.team, tile = first + me.i;
+      const int tile = round * layout.team + me.i;
       if (tile < tiles) {
         const int number = route * tiles + tile, buffer = memory.buffer(number);
         ptx::mbarrier_wait(&now.full[buffer], turn_of_buffer(layout, number) & 1);

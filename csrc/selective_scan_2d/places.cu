@@ -95,8 +95,7 @@ namespace {
 // its tiles, and what a round takes beside them, whatever it holds.
 int64_t time_of(const Problem& p, const PairLayout& x) {
   constexpr int64_t kRound = 6;
-  const int64_t tiles = p.chunks(), rounds = (tiles + x.team - 1) / x.team;
-  return x.pairs * tiles + kRound * rounds;
+  return x.pairs * p.chunks() + kRound * x.rounds;
 }
 
 // Pairs of channels that go side by side, see pairs.cuh: none where the map, the rows or the options do
