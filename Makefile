@@ -115,7 +115,7 @@ ifneq ($(shell cat $(VENV)/.statescan 2>/dev/null),$(CURDIR))
 .PHONY: $(VENV)/.statescan
 endif
 $(VENV)/.statescan: $(VENV)/.torch $(SOURCES)
-	@echo "compiling and installing statescan: three minutes on two cores, with CUDA some seven"
+	@echo "compiling and installing statescan: three minutes on two cores, with CUDA some eight"
 	@$(PIP) install --quiet .
 	@echo $(CURDIR) > $@
 
