@@ -114,7 +114,7 @@ __device__ __forceinline__ void walk_tile(const BwdParams& p, const PairMemory& 
   multiply_ranks<2>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight),
                     FirstSums<2>(table + kItemBias * 2), delta);
   load_steps(memory, tile.rows + layout.place, me, at);
-  find_pair_step_sizes(p.delta_softplus, tile.flags, at, delta, slope);
+  find_step_sizes_of_pair<2>(p.delta_softplus, tile.flags, at, delta, slope);
   gather_numbers(memory, me.words, tile.flags, p.u.dtype, at, u);
   gather_numbers(memory, me.words - layout.words + layout.dy, tile.flags, p.dy.dtype, at, dy);
   float B[OfPair::kItems], C[OfPair::kItems];

@@ -84,7 +84,7 @@ __device__ __forceinline__ void walk_tile(const FwdParams& p, const PairMemory& 
   multiply_ranks<2>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight),
                     FirstSums<2>(table + kItemBias * 2), delta);
   load_steps(memory, tile.rows + memory.at.place, me, at);
-  find_pair_step_sizes(p.delta_softplus, tile.flags, at, delta, slope);
+  find_step_sizes_of_pair<2>(p.delta_softplus, tile.flags, at, delta, slope);
   gather_numbers(memory, me.words, tile.flags, p.u.dtype, at, y);
   const auto D = several<2>(table[kItemD * 2]);
 #pragma unroll

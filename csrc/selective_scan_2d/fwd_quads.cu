@@ -91,28 +91,11 @@ __device__ __forceinline__ void walk_tile(const FwdParams& p, const PairMemory& 
                                           uint64_t* has_read) {
   auto* table = memory.get<float>(tile.table);
   int at[OfPair::kItems];
-  Items delta;
+  Items delta, slope;
   multiply_ranks<kQuad>(memory, me, tile.rows, memory.get<uint32_t>(tile.weight),
                         FirstSums<kQuad>(table + kItemBias * kQuad), delta);
   load_steps(memory, tile.rows + memory.at.place, me, at);
-  if (tile.flags & kHoles) {
-    const float none = p.delta_softplus ? -INFINITY : 0.0f;
-#pragma unroll
-    for (int c = 0; c < kQuad; ++c) {
-#pragma unroll
-      for (int j = 0; j < OfPair::kItems; ++j) delta[c][j] = at[j] == kSkip ? none : delta[c][j];
-    }
-  }
-  if (p.delta_softplus) {
-#pragma unroll
-    for (int c = 0; c < kQuad; ++c) {
-#pragma unroll
-      for (int j = 0; j < OfPair::kItems; ++j) {
-        float slope;
-        delta[c][j] = softplus_base2(delta[c][j], slope);
-      }
-    }
-  }
+  find_step_sizes_of_pair<kQuad>(p.delta_softplus, tile.flags, at, delta, slope);
   WordsOf<kQuad> words;
   gather_words<kQuad>(memory, me.words, tile.flags, at, words);
   float B[OfPair::kItems], C[OfPair::kItems];

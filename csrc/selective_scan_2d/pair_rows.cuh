@@ -290,7 +290,7 @@ __device__ __forceinline__ void ask_for_later_block(const Inputs& p, const Crew&
   auto of_batch = [&](const View<4>& x) {
     return static_cast<const uint16_t*>(x.data) + task.b * x.stride[0];
   };
-  const uint16_t* map = of_batch(p.u) + task.channel * p.u.stride[2];
+  const auto* map = first_token<const uint16_t>(p.u, task);
   if (p.u.stride[3] == 1) {
 #pragma unroll 1
     for (int c = 0; c < task.channels; ++c) ask_for_line(map + c * p.u.stride[2], p.tokens);

@@ -227,25 +227,26 @@ __device__ __forceinline__ void multiply_ranks(const PairMemory& memory, const M
 }
 
 // The step sizes of a lane, see stage_tables for their unit, and their slopes; 0 at steps to skip.
-__device__ __forceinline__ void find_pair_step_sizes(bool delta_softplus, int flags,
-                                                     const int (&at)[OfPair::kItems],
-                                                     PairItems& delta, PairItems& slope) {
+template <int kChannels>
+__device__ __forceinline__ void find_step_sizes_of_pair(bool delta_softplus, int flags,
+                                                        const int (&at)[OfPair::kItems],
+                                                        ItemsOf<kChannels>& delta,
+                                                        ItemsOf<kChannels>& slope) {
+  auto for_steps = [&](auto&& f) {
 #pragma unroll
-  for (int c = 0; c < 2; ++c) {
+    for (int c = 0; c < kChannels; ++c) {
 #pragma unroll
-    for (int j = 0; j < OfPair::kItems; ++j) slope[c][j] = 1;
-    if (delta_softplus) {
-#pragma unroll
-      for (int j = 0; j < OfPair::kItems; ++j) {
-        delta[c][j] = softplus_base2(delta[c][j], slope[c][j]);
-      }
+      for (int j = 0; j < OfPair::kItems; ++j) f(j, delta[c][j], slope[c][j]);
     }
-    if (flags & kHoles) {
-#pragma unroll
-      for (int j = 0; j < OfPair::kItems; ++j) {
-        if (at[j] == kSkip) delta[c][j] = slope[c][j] = 0;
-      }
-    }
+  };
+  for_steps([](int, float&, float& slope) { slope = 1; });
+  if (delta_softplus) {
+    for_steps([](int, float& delta, float& slope) { delta = softplus_base2(delta, slope); });
+  }
+  if (flags & kHoles) {
+    for_steps([&](int j, float& delta, float& slope) {
+      if (at[j] == kSkip) delta = slope = 0;
+    });
   }
 }
 

@@ -88,8 +88,7 @@ __device__ __forceinline__ void read_tokens(const View<4>& x, const Task& task, 
   with_device_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (sizeof(T) <= sizeof(R)) {
-      const T* first = static_cast<const T*>(x.data) + task.b * x.stride[0] + route * x.stride[1] +
-                       task.channel * x.stride[2];
+      const T* first = first_token<const T>(x, task, route);
       for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens, int(blockDim.x),
                  [&](auto size, const T* from, int c, int t) {
                    constexpr int kSize = decltype(size)::value;
@@ -120,8 +119,7 @@ __device__ __forceinline__ void read_tokens(const View<4>& x, const Task& task, 
 template <class Half>
 __device__ __forceinline__ void read_halves(const View<4>& x, const Task& task, int64_t route,
                                             int64_t tokens, int threads, Half&& half) {
-  const uint16_t* first = static_cast<const uint16_t*>(x.data) + task.b * x.stride[0] +
-                          route * x.stride[1] + task.channel * x.stride[2];
+  const auto* first = first_token<const uint16_t>(x, task, route);
   for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens, threads,
              [&](auto size, const uint16_t* from, int c, int t) {
                auto put = [&](int i, uint32_t bits) { half(c, t + i) = uint16_t(bits); };
@@ -141,8 +139,7 @@ __device__ __forceinline__ void write_tokens(const View<4>& x, const Task& task,
                                              int64_t tokens, const P& planes) {
   with_device_type(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    T* first = static_cast<T*>(x.data) + task.b * x.stride[0] + route * x.stride[1] +
-               task.channel * x.stride[2];
+    T* first = first_token<T>(x, task, route);
     for_tokens(first, x.stride[2], x.stride[3], task.channels, tokens, int(blockDim.x),
                [&](auto size, T* to, int c, int t) {
                  if constexpr (std::is_same_v<T, double>) {

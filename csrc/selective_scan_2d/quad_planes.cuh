@@ -12,8 +12,7 @@ using Numbers = Several<float, kQuad>;  // of each channel
 
 // Can the block's 16-bit elements be moved eight tokens at a time?
 __device__ __forceinline__ bool has_packs(const View<4>& x, const Task& task, int tokens) {
-  const auto* first =
-      static_cast<const uint16_t*>(x.data) + task.b * x.stride[0] + task.channel * x.stride[2];
+  const auto* first = first_token<const uint16_t>(x, task);
   return element_bytes(x.dtype) == 2 && x.stride[3] == 1 && tokens % kTokensAtOnce == 0 &&
          task.channels % kQuad == 0 && is_aligned(first, x.stride[2], kTokensAtOnce);
 }
@@ -41,8 +40,7 @@ __device__ __forceinline__ void read_quads(const View<4>& u, const PairMemory& m
     });
     return;
   }
-  const auto* first =
-      static_cast<const uint16_t*>(u.data) + task.b * u.stride[0] + task.channel * u.stride[2];
+  const auto* first = first_token<const uint16_t>(u, task);
   for_packs_of_quads(task, tokens, threads, [&](int quad, int t) {
     uint32_t channel[kQuad][4];
     const uint16_t* from = first + quad * kQuad * u.stride[2] + t;

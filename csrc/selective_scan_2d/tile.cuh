@@ -75,6 +75,13 @@ __device__ __forceinline__ Task task_at(const Inputs& p, int64_t i) {
   return t;
 }
 
+// The first token of the block's first channel, along a route if the map has some.
+template <class T>
+__device__ __forceinline__ T* first_token(const View<4>& x, const Task& task, int64_t route = 0) {
+  return static_cast<T*>(x.data) + task.b * x.stride[0] + route * x.stride[1] +
+         task.channel * x.stride[2];
+}
+
 // The token of a step, or what it is instead.
 __device__ __forceinline__ int token_at(const Inputs& p, int64_t table, int64_t route, int64_t t) {
   const int64_t at = table * p.index_stride[0] + route * p.index_stride[1] + t * p.index_stride[2];
